@@ -1,0 +1,1 @@
+"""Evaluation: the offline picture world, the benchmark and its reports."""
