@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .questions import KINDS, Question, answers, questions
+from .questions import KINDS, Question, answers, ask
 from .scenes import SPLITS, Box, Scene, make_scene, seed_range
 
 __all__ = ["KINDS", "SPLITS", "Example", "examples", "reference_dir", "score"]
@@ -81,7 +81,7 @@ def _stream(split: str, kind: str, count: int, seed: int) -> list[Example]:
         if wanted is not None and not order:
             order = [wanted[i] for i in np.random.default_rng((start, len(found))).permutation(len(wanted))]
         scene = make_scene(scene_seed)
-        for question in questions(scene, kind, rng):
+        for question in ask(scene, kind, rng):
             if wanted is None or question.answer == order[0]:
                 found.append(_example(scene, question))
                 order = order[1:]
@@ -108,7 +108,9 @@ def reference_dir(name: str = "llava") -> Path:
     """
     folder = Path(__file__).resolve().parent.parent / "reference" / name
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no reference checkpoint {name!r} in {folder.parent}; shipped are 'llava' and 'clip'")
+        raise FileNotFoundError(
+            f"no reference checkpoint {name!r} in {folder.parent}; shipped are 'llava' and 'clip'"
+        )
     return folder
 
 

@@ -20,7 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 STYLES = ("fluent-emoji-flat", "noto", "twemoji")
 CELL = 64
 COLUMNS = 16
-GLYPHS = "ACEFHKLMNPRTUXY34679"  # without the pairs that look alike in 10 pixels (O/0, I/1, S/5, Z/2, B/8, ...)
+GLYPHS = (
+    "ACEFHKLMNPRTUXY34679"  # without the pairs that look alike in 10 pixels (O/0, I/1, S/5, Z/2, B/8, ...)
+)
 
 # group -> {word used in questions: icon name}; groups supply the hard negatives
 GROUPS: dict[str, dict[str, str]] = {
@@ -123,7 +125,9 @@ def render_icon(icons: dict[str, Any], name: str, size: int = CELL) -> Image.Ima
         raise ValueError(f"icon {name!r} renders to nothing")
     picture = picture.crop(box)
     scale = size / max(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    picture = picture.resize(
+        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+    )
     cell = Image.new("RGBA", (size, size))
     cell.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
     return cell
@@ -186,7 +190,9 @@ def build(icons: Path, out: Path) -> None:
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description="Render the sticker atlas of the picture world.")
-    parser.add_argument("--icons", type=Path, required=True, help="folder with the unpacked @iconify-json packages")
+    parser.add_argument(
+        "--icons", type=Path, required=True, help="folder with the unpacked @iconify-json packages"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     arguments = parser.parse_args()
     build(arguments.icons, arguments.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -65,30 +66,31 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, used = state["step"], state["seconds"]
-    peaks = [[settings.matrix_lr if isinstance(o, torch.optim.Muon) else settings.lr] for o in optimizers]
     budget = settings.minutes * 60
     stream = batches(step)
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, list[float]] = defaultdict(list)
     start, saved_at, logged_at = time.monotonic() - used, used, used
     modules.train()
     while (used := time.monotonic() - start) < budget:
         factor = min(1.0, (step + 1) / WARM_UP) * (1 - used / budget)
-        for optimizer, values in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, values * len(optimizer.param_groups), strict=False):
+        for optimizer in optimizers:
+            peak = settings.matrix_lr if isinstance(optimizer, torch.optim.Muon) else settings.lr
+            for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.zero_grad()
         total, figures = loss(next(stream))
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.grad is not None], 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
         for key, value in figures.items():
-            sums[key] += value
+            if not math.isnan(value):  # a batch without any question of a kind
+                sums[key].append(value)
         if step % LOG_EVERY == 0:
             now = time.monotonic() - start
-            means = {key: round(value / LOG_EVERY, 4) for key, value in sums.items()}
-            entry = {"stage": settings.name, "step": step, "minutes": round(now / 60, 1)}
+            means = {key: round(sum(values) / len(values), 4) for key, values in sums.items()}
+            entry: dict[str, object] = {"stage": settings.name, "step": step, "minutes": round(now / 60, 1)}
             entry["step_seconds"] = round((now - logged_at) / LOG_EVERY, 3)
             log(out, entry | means)
             sums.clear()

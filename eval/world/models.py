@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
@@ -79,7 +81,7 @@ def tokenizer(end: bool, padding_side: str) -> PreTrainedTokenizerFast:
         single=f"{BOS} $A {EOS}" if end else f"{BOS} $A",
         special_tokens=[(BOS, ids[BOS]), (EOS, ids[EOS])],
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,
@@ -105,10 +107,9 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def clip_config() -> CLIPConfig:
-    """A small CLIP: vision tower with 6 layers of width 128, text tower with 3 layers of width 96."""
-    ids = vocabulary()
-    vision = CLIPVisionConfig(
+def vision_config() -> CLIPVisionConfig:
+    """The vision tower: 6 layers of width 128, 12 x 12 patches and [CLS]."""
+    return CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=6,
@@ -118,6 +119,11 @@ def clip_config() -> CLIPConfig:
         projection_dim=64,
         hidden_act="gelu",
     )
+
+
+def clip_config() -> CLIPConfig:
+    """A small CLIP: the tower of `vision_config`, and a text tower with 3 layers of width 96."""
+    ids = vocabulary()
     text = CLIPTextConfig(
         vocab_size=len(ids),
         hidden_size=96,
@@ -131,11 +137,11 @@ def clip_config() -> CLIPConfig:
         bos_token_id=ids[BOS],
         eos_token_id=ids[EOS],
     )
-    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    return CLIPConfig(text_config=text.to_dict(), vision_config=vision_config().to_dict(), projection_dim=64)
 
 
 def llava_config() -> LlavaConfig:
-    """A small LLaVA: the vision tower of `clip_config` and a Llama decoder with 8 layers of width 128."""
+    """A small LLaVA: the tower of `vision_config` and a Llama decoder with 8 layers of width 128."""
     ids = vocabulary()
     text = LlamaConfig(
         vocab_size=len(ids),
@@ -152,15 +158,12 @@ def llava_config() -> LlavaConfig:
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=clip_config().vision_config.to_dict(),
+        vision_config=vision_config().to_dict(),
         text_config=text.to_dict(),
-        image_token_id=ids[IMAGE],
+        image_token_index=ids[IMAGE],
         image_seq_length=SIDE * SIDE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        pad_token_id=ids[PAD],
-        bos_token_id=ids[BOS],
-        eos_token_id=ids[EOS],
         tie_word_embeddings=False,
     )
 
@@ -168,13 +171,14 @@ def llava_config() -> LlavaConfig:
 def save_clip(model: CLIPModel, folder: Path) -> None:
     """Write model and processor as a plain checkpoint folder."""
     model.save_pretrained(folder)
-    CLIPProcessor(image_processor(), tokenizer(end=True, padding_side="right")).save_pretrained(folder)
+    processor = CLIPProcessor(image_processor(), tokenizer(end=True, padding_side="right"))  # type: ignore[no-untyped-call]
+    processor.save_pretrained(folder)
 
 
 def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write model, generation settings and processor as a plain checkpoint folder."""
     ids = vocabulary()
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=8,
         pad_token_id=ids[PAD],
@@ -182,7 +186,15 @@ def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
         eos_token_id=ids[EOS],
     )
     model.save_pretrained(folder)
-    LlavaProcessor(
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    # the names published LLaVA checkpoints have, which other engines read too
+    tensors = {
+        re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v
+        for k, v in tensors.items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor(),
         tokenizer(end=False, padding_side="left"),
         patch_size=PATCH,
@@ -190,7 +202,8 @@ def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
         num_additional_image_tokens=1,
         image_token=IMAGE,
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    )
+    processor.save_pretrained(folder)
 
 
 def pixel_values(pixels: torch.Tensor) -> torch.Tensor:

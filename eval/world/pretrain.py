@@ -8,12 +8,14 @@ of its sign. [CLS] names the set of stickers, and the contrastive loss joins pic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from .data import CELLS, IGNORE, PAD_ID, SIGN_LENGTH
+from .batches import CELLS, IGNORE, PAD_ID, SIGN_LENGTH
 from .models import pixel_values
 from .scenes import MAX_STICKERS, atlas
 
@@ -30,17 +32,50 @@ class Heads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.patch = nn.Linear(width, sum(self.sizes))
         self.present = nn.Linear(width, names)
+        self.glyph = nn.Linear(width, glyphs)
         self.name_bias = nn.Parameter(torch.tensor([-4.0, -4.0]))
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Label, centre, number, cell and string outputs for patch features (batch, patches, width)."""
-        return self.patch(self.norm(features)).split(self.sizes, dim=-1)
+        outputs: tuple[Tensor, ...] = self.patch(self.norm(features)).split(self.sizes, dim=-1)
+        return outputs
 
 
-def vision_losses(model: CLIPModel, heads: Heads, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+def vision_losses(
+    model: CLIPModel, heads: Heads, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch of `VisionBatches`, and figures for the log (accuracies in 0..1)."""
-    output = model.vision_model(pixel_values(batch["pixels"]), output_hidden_states=True)
-    features = output.hidden_states[FEATURE_LAYER][:, 1:]
+    return vision_losses_from(vision_outputs(model.vision_model, batch["pixels"]), model, heads, batch)
+
+
+@dataclass(frozen=True)
+class VisionOutputs:
+    """What a vision tower gives for B pictures.
+
+    Attributes:
+        features: (B, 144, width) patches at the layer that the language model reads.
+        patches: (B, 144, width) patches after the last layer.
+        pooled: (B, width) [CLS] after the last layer and its norm.
+    """
+
+    features: Tensor
+    patches: Tensor
+    pooled: Tensor
+
+
+def vision_outputs(tower: nn.Module, pixels: Tensor) -> VisionOutputs:
+    """Run a vision tower on (B, 96, 96, 3) uint8 pictures."""
+    output = tower(pixel_values(pixels), output_hidden_states=True)
+    return VisionOutputs(
+        output.hidden_states[FEATURE_LAYER][:, 1:], output.last_hidden_state[:, 1:], output.pooler_output
+    )
+
+
+def vision_losses_from(
+    output: VisionOutputs, model: CLIPModel, heads: Heads, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """As `vision_losses`, for what the vision tower has given."""
+    features = output.features
     label, centre, number, cell, string = heads(features)
     target = batch["label"]
     thing = target > 0
@@ -49,17 +84,20 @@ def vision_losses(model: CLIPModel, heads: Heads, batch: dict[str, Tensor]) -> t
         "label": each[thing].mean() + 0.5 * each[~thing].mean(),
         "centre": 10 * F.smooth_l1_loss(centre[thing], batch["centre"][thing], beta=0.05),
         "number": F.cross_entropy(number.transpose(1, 2), batch["number"], ignore_index=IGNORE),
+        "glyph": F.cross_entropy(
+            heads.glyph(heads.norm(features)).transpose(1, 2), batch["glyph"], ignore_index=IGNORE
+        ),
         "cell": 0.5 * F.cross_entropy(cell.transpose(1, 2), batch["cell"], ignore_index=IGNORE),
         "string": F.cross_entropy(
             string.reshape(-1, len(atlas().glyphs) + 1), batch["string"].flatten(), ignore_index=IGNORE
         ),
     }
-    present = heads.present(output.pooler_output)
+    present = heads.present(output.pooled)
     losses["present"] = 5 * F.binary_cross_entropy_with_logits(present, batch["present"])
-    losses |= _text_losses(model, heads, output.last_hidden_state, output.pooler_output, batch)
+    losses |= _text_losses(model, heads, output.patches, output.pooled, batch)
     total = torch.stack(list(losses.values())).sum()
     with torch.no_grad():
-        figures = {key: float(value) for key, value in losses.items()}
+        figures = {key: float(value.detach()) for key, value in losses.items()}
         figures["label_accuracy"] = _accuracy(label, target, thing)
         figures["number_accuracy"] = _accuracy(number, batch["number"], batch["number"] != IGNORE)
         figures["string_accuracy"] = _accuracy(
@@ -81,8 +119,10 @@ def _text_losses(
     logits = scale * images @ texts.T
     order = torch.arange(len(ids))
     contrastive = (F.cross_entropy(logits, order) + F.cross_entropy(logits.T, order)) / 2
-    whole = F.binary_cross_entropy_with_logits(scale * images @ names.T + heads.name_bias[0], batch["present"])
-    shown = patches[:, 1:][batch["label"] > 0]
+    whole = F.binary_cross_entropy_with_logits(
+        scale * images @ names.T + heads.name_bias[0], batch["present"]
+    )
+    shown = patches[batch["label"] > 0]
     shown_label = batch["label"][batch["label"] > 0]
     local = F.normalize(model.visual_projection(model.vision_model.post_layernorm(shown)), dim=-1)
     target = F.one_hot(shown_label, names.shape[0] + 2)[:, 1:-1].float()

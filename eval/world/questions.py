@@ -45,7 +45,7 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def questions(scene: Scene, kind: str, rng: np.random.Generator) -> Iterator[Question]:
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Iterator[Question]:
     """Every question of a kind that the scene can answer, in random order.
 
     For ``exists``, as many names that are absent as names that are present; half of the absent ones come from the
@@ -58,7 +58,9 @@ def questions(scene: Scene, kind: str, rng: np.random.Generator) -> Iterator[Que
     single = [sticker for sticker in stickers if scene.count(sticker.name) == 1]
     if kind == "where":
         for sticker in stickers:
-            yield Question(kind, f"what is at the {POSITIONS[sticker.position]}?", sticker.name, (sticker.box,))
+            yield Question(
+                kind, f"what is at the {POSITIONS[sticker.position]}?", sticker.name, (sticker.box,)
+            )
     elif kind == "exists":
         yield from _exists(scene, rng)
     elif kind == "count":

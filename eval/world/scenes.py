@@ -76,11 +76,12 @@ class Sticker:
 
 @dataclass(frozen=True)
 class Sign:
-    """A plate with two or three characters; fields as in `Sticker`."""
+    """A plate with two or three characters; fields as in `Sticker`, and the pixel box of each character."""
 
     text: str
     position: int
     box: Box
+    characters: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ class Atlas:
         self._columns: int = table["columns"]
         self.names: tuple[str, ...] = tuple(table["names"])
         self.styles: tuple[str, ...] = tuple(table["styles"])
-        self.groups: dict[str, tuple[str, ...]] = {key: tuple(value) for key, value in table["groups"].items()}
+        self.groups: dict[str, tuple[str, ...]] = {
+            key: tuple(value) for key, value in table["groups"].items()
+        }
         self.group_of = {name: group for group, members in self.groups.items() for name in members}
         self.glyphs: str = table["glyphs"]
         self.sticker = functools.lru_cache(maxsize=None)(self._sticker)
@@ -267,8 +270,12 @@ def _draw_sticker(
     if rng.random() < 0.15:  # partly hidden: one side is cut away
         height, width = cover.shape[:2]
         side, share = rng.integers(4), rng.uniform(0.1, 0.35)
-        rows = slice(int(share * height) if side == 0 else 0, height - (int(share * height) if side == 1 else 0))
-        columns = slice(int(share * width) if side == 2 else 0, width - (int(share * width) if side == 3 else 0))
+        rows = slice(
+            int(share * height) if side == 0 else 0, height - (int(share * height) if side == 1 else 0)
+        )
+        columns = slice(
+            int(share * width) if side == 2 else 0, width - (int(share * width) if side == 3 else 0)
+        )
         colour, cover = colour[rows, columns], cover[rows, columns]
     height, width = cover.shape[:2]
     x, y = _place(width, height, position, rng)
@@ -292,17 +299,20 @@ def _draw_sign(canvas: FloatArray, owner: NDArray[np.int8], position: int, rng: 
     canvas[y : y + height, x : x + width] = ink
     canvas[y + 1 : y + height - 1, x + 1 : x + width - 1] = paper
     left = x + 3
+    characters = []
     for mask in masks:
         bottom = y + height - 3
         window = np.s_[bottom - mask.shape[0] : bottom, left : left + mask.shape[1]]
         canvas[window] = canvas[window] * (1 - mask[..., None]) + ink * mask[..., None]
+        characters.append((left, bottom - mask.shape[0], left + mask.shape[1], bottom))
         left += mask.shape[1] + 1
     owner[y : y + height, x : x + width] = MAX_STICKERS
-    return Sign(text, position, (x, y, x + width, y + height))
+    return Sign(text, position, (x, y, x + width, y + height), tuple(characters))
 
 
 def _background(kind: str, rng: np.random.Generator) -> FloatArray:
     """A background of this kind, (96, 96, 3) float32 in 0..255."""
+    mix: NDArray[Any]
     first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
     second = first + (second - first) * np.float32(rng.uniform(0.3, 0.8))
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
@@ -319,8 +329,8 @@ def _background(kind: str, rng: np.random.Generator) -> FloatArray:
     elif kind == "noise":
         mix = rng.random((SIZE, SIZE))
     elif kind == "checks":
-        step = int(rng.integers(5, 16))
-        mix = (x // step + y // step) % 2
+        side = int(rng.integers(5, 16))
+        mix = (x // side + y // side) % 2
     elif kind == "dots":
         step = float(rng.uniform(6, 14))
         mix = np.hypot(x % step - step / 2, y % step - step / 2) < step * 0.3
@@ -334,7 +344,8 @@ def _background(kind: str, rng: np.random.Generator) -> FloatArray:
         mix = 0.5 + 0.25 * np.sin(x * step) + 0.25 * np.sin(y * step + along * 0.1)
     else:
         raise ValueError(f"unknown background {kind!r}")
-    return first + (second - first) * np.asarray(mix, dtype=np.float32)[..., None]
+    canvas: FloatArray = first + (second - first) * np.asarray(mix, dtype=np.float32)[..., None]
+    return canvas
 
 
 def _smooth(rng: np.random.Generator, cells: int) -> FloatArray:

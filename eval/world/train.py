@@ -1,8 +1,11 @@
 """Train the reference models of the picture world.
 
-Nothing here knows about pruning. Run, with two threads and no accelerator::
+Three stages: the CLIP model with dense supervision of its vision tower (``vit``); projector and language model with
+that tower frozen (``llava``); everything together (``joint``). Nothing here knows about pruning. Run, with two
+threads and no accelerator::
 
-    python -m vtprune.eval.world.train --out DIR --stage all
+    MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 \
+        python -m vtprune.eval.world.train --out DIR --stage all
 """
 
 from __future__ import annotations
@@ -12,26 +15,47 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from . import loop
-from .data import VisionBatches, loader
-from .models import clip_config, save_clip
+from .batches import DialogueBatches, VisionBatches, loader
+from .models import clip_config, save_clip, save_llava, vision_config
 from .pretrain import Heads, vision_losses
+from .tuning import frozen_losses, join, joint_losses
 
-BATCH = 64
+MINUTES = {"vit": 25.0, "llava": 45.0, "joint": 12.0}
+VISION_BATCH = 64
+DIALOGUE_BATCH = 32
+FIRST_SEED = {"vit": 0, "llava": 100_000_000, "joint": 200_000_000}
+
+
+def new_clip() -> tuple[CLIPModel, Heads]:
+    """An untrained CLIP model with its auxiliary heads."""
+    torch.manual_seed(0)
+    model = CLIPModel(clip_config())
+    return model, Heads(vision_config().hidden_size)
+
+
+def load_stage(out: Path, stage: str, modules: nn.ModuleDict) -> None:
+    """Load what a finished stage has left in ``out``.
+
+    Raises:
+        FileNotFoundError: if the stage has not been trained.
+    """
+    file = out / f"{stage}.pt"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; train stage {stage!r} first")
+    modules.load_state_dict(torch.load(file, weights_only=True)["modules"])
 
 
 def train_vision(out: Path, minutes: float, resume: bool) -> None:
     """Stage 1: train CLIP with dense supervision and write it to ``out/clip``."""
-    torch.manual_seed(0)
-    model = CLIPModel(clip_config())
-    heads = Heads(model.config.vision_config.hidden_size)
+    model, heads = new_clip()
     model.vision_model.compile()
     loop.train(
         nn.ModuleDict({"clip": model, "heads": heads}),
         loop.Settings("vit", minutes, lr=1.5e-3, matrix_lr=4e-3),
-        lambda step: loader(VisionBatches(step * BATCH, BATCH)),
+        lambda step: loader(VisionBatches(FIRST_SEED["vit"] + step * VISION_BATCH, VISION_BATCH)),
         lambda batch: vision_losses(model, heads, batch),
         out,
         resume,
@@ -39,17 +63,68 @@ def train_vision(out: Path, minutes: float, resume: bool) -> None:
     )
 
 
+def train_language(out: Path, minutes: float, resume: bool) -> None:
+    """Stage 2: train projector and language model on the frozen tower of stage 1; write ``out/llava``."""
+    clip, heads = new_clip()
+    load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
+    model = join(clip)
+    model.model.vision_tower.requires_grad_(False)
+    _compile(model)
+    loop.train(
+        nn.ModuleDict({"llava": model}),
+        loop.Settings("llava", minutes, lr=1.5e-3, matrix_lr=4e-3),
+        lambda step: loader(DialogueBatches(FIRST_SEED["llava"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
+        lambda batch: frozen_losses(model, batch),
+        out,
+        resume,
+        lambda: save_llava(model, out / "llava"),
+    )
+
+
+def train_jointly(out: Path, minutes: float, resume: bool) -> None:
+    """Stage 3: train everything together from stages 1 and 2; write ``out/clip`` and ``out/llava``."""
+    clip, heads = new_clip()
+    load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
+    model = join(clip)
+    load_stage(out, "llava", nn.ModuleDict({"llava": model}))
+    _compile(model)
+
+    def save() -> None:
+        save_clip(clip, out / "clip")
+        save_llava(model, out / "llava")
+
+    loop.train(
+        nn.ModuleDict({"llava": model, "clip": clip, "heads": heads}),
+        loop.Settings("joint", minutes, lr=5e-4, matrix_lr=1.2e-3),
+        lambda step: loader(DialogueBatches(FIRST_SEED["joint"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
+        lambda batch: joint_losses(model, clip, heads, batch),
+        out,
+        resume,
+        save,
+    )
+
+
+def _compile(model: LlavaForConditionalGeneration) -> None:
+    model.model.vision_tower.compile()
+    model.model.language_model.compile()
+
+
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and models")
-    parser.add_argument("--stage", choices=["vit", "llava", "all"], default="all")
-    parser.add_argument("--minutes", type=float, default=27)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--stage", choices=[*MINUTES, "all"], default="all")
+    parser.add_argument("--minutes", type=float, help=f"time for each chosen stage; default {MINUTES}")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    train_vision(arguments.out, arguments.minutes, arguments.resume)
+    stages = {"vit": train_vision, "llava": train_language, "joint": train_jointly}
+    for stage, run in stages.items():
+        if arguments.stage in (stage, "all"):
+            run(arguments.out, arguments.minutes or MINUTES[stage], arguments.resume)
 
 
 if __name__ == "__main__":
