@@ -1,0 +1,55 @@
+"""vtprune: visual token pruning that is provably real on stock vision-language models.
+
+Importing it changes nothing in any other library.
+"""
+
+from __future__ import annotations
+
+from vtprune import methods
+from vtprune.errors import (
+    AlreadyPatchedError,
+    InertPruningError,
+    InvalidOptionError,
+    NonFiniteScoresError,
+    UnknownMethodError,
+    UnsupportedCallError,
+    UnsupportedMethodError,
+    UnsupportedModelError,
+    VTPruneError,
+)
+from vtprune.layout import TokenLayout
+from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, compose
+from vtprune.patch import ModelSupport, Patch, list_methods, list_models, patch, unpatch
+from vtprune.report import Report
+from vtprune.selection import Selection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyPatchedError",
+    "InertPruningError",
+    "InvalidOptionError",
+    "Method",
+    "ModelFacts",
+    "ModelSupport",
+    "NonFiniteScoresError",
+    "Patch",
+    "Report",
+    "Selection",
+    "Signal",
+    "Site",
+    "Stage",
+    "TokenLayout",
+    "UnknownMethodError",
+    "UnsupportedCallError",
+    "UnsupportedMethodError",
+    "UnsupportedModelError",
+    "VTPruneError",
+    "View",
+    "compose",
+    "list_methods",
+    "list_models",
+    "methods",
+    "patch",
+    "unpatch",
+]

@@ -1,0 +1,96 @@
+"""Asks a stage for its decision: groups equally large images, checks what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import InertPruningError, VTPruneError
+from vtprune.layout import TokenLayout
+from vtprune.method import Signal, Stage, View, resolve_keep
+from vtprune.selection import Selection
+
+
+@dataclass
+class Candidate:
+    """The tokens of one image at a site.
+
+    Attributes:
+        layout: grid of the image.
+        index: [N] int64, ascending indices of the tokens in that grid.
+        features: [N, D].
+        signal: gives a signal for these tokens, token-first [N, ...].
+        seed: gives the checksum of the image's pixels.
+    """
+
+    layout: TokenLayout
+    index: Tensor
+    features: Tensor
+    signal: Callable[[Signal], Tensor]
+    seed: Callable[[], int]
+
+
+def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
+    """One selection per image.
+
+    Raises:
+        InertPruningError: the budget demanded pruning and nothing was removed.
+        VTPruneError: the method returned something that is no selection of these tokens.
+    """
+    budgets = [
+        len(c.index) if stage.keep is None else min(resolve_keep(stage.keep, c.layout.n_tokens), len(c.index))
+        for c in images
+    ]
+    out: list[Selection | None] = [None] * len(images)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (c, k) in enumerate(zip(images, budgets, strict=True)):
+        n = len(c.index)
+        if stage.keep is not None and k == n and stage.must_prune:
+            out[i] = Selection.everything(1, n, c.index.device)
+        else:
+            groups.setdefault((n, k), []).append(i)
+    for (n, k), members in groups.items():
+        batch = [images[i] for i in members]
+        view = View(
+            features=torch.stack([c.features for c in batch]),
+            index=torch.stack([c.index for c in batch]),
+            layout=[c.layout for c in batch],
+            k=k,
+            n_original=[c.layout.n_tokens for c in batch],
+            seeds=lambda batch=batch: [c.seed() for c in batch],  # type: ignore[misc]
+            signals={s: _signal(s, batch) for s in stage.needs},
+        )
+        with torch.no_grad():
+            selection = stage.decide(view)
+        _check(selection, stage, len(batch), n)
+        for g, i in enumerate(members):
+            out[i] = selection.image(g)
+    chosen = [s for s in out if s is not None]
+    removed = any(len(s.index[0]) < len(c.index) for s, c in zip(chosen, images, strict=True))
+    demanded = any(k < len(c.index) for k, c in zip(budgets, images, strict=True))
+    if stage.must_prune and demanded and not removed:
+        raise InertPruningError(
+            f"the method had to prune at {stage.site} (budgets {budgets} of {[len(c.index) for c in images]} tokens) "
+            "and removed nothing"
+        )
+    return chosen
+
+
+def _signal(signal: Signal, batch: Sequence[Candidate]) -> Tensor:
+    value = torch.stack([c.signal(signal) for c in batch])  # [G, N, ...]
+    return value if signal.kind == "encoder_keys" else value.transpose(1, 2)
+
+
+def _check(selection: object, stage: Stage, n_images: int, n_tokens: int) -> None:
+    if not isinstance(selection, Selection):
+        raise VTPruneError(f"the decision at {stage.site} is a {type(selection).__name__}, expected a Selection")
+    if len(selection.index) != n_images:
+        raise VTPruneError(
+            f"the decision at {stage.site} covers {len(selection.index)} images, {n_images} were asked for"
+        )
+    for index in selection.index:
+        if len(index) == 0 or len(index) > n_tokens:
+            raise VTPruneError(f"the decision at {stage.site} keeps {len(index)} of {n_tokens} tokens")

@@ -1,0 +1,52 @@
+"""DivPrune: the most diverse subset by max-min cosine distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from vtprune.method import Method, ModelFacts, Site, View
+from vtprune.selection import Selection, check_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
+    """Training-free, text-agnostic, needs no attention; greedy max-min diversity (farthest first).
+
+        D = 1 - cos;   first = argmax_i min_{j != i} D_ij;   next = argmax_{i not in S} min_{s in S} D_is
+
+    Source: Alvar et al., "DivPrune" (CVPR 2025); vbdi/divprune at 799e2d9 (read, not copied: non-commercial
+    licence). The authors' default ratio is 0.098, their count round(ratio N). Ties go to the lower index. They
+    count positions densely, as does `positions="auto"`.
+    """
+
+    key: ClassVar[str] = "divprune"
+    authors_positions = "dense"
+
+    keep: int | float = 0.098
+
+    def site(self, facts: ModelFacts) -> Site:
+        return Site("projector" if "projector" in facts.sites else "encoder")
+
+    def decide(self, view: View) -> Selection:
+        unit = normalize(view.features.float(), dim=-1)
+        distance = 1 - unit @ unit.transpose(1, 2)  # [G, N, N]
+        check_finite(distance)
+        n, k = view.n, view.k
+        if n == k:
+            return Selection.everything(len(unit), n, unit.device)
+        image = torch.arange(len(unit), device=unit.device)
+        itself = torch.eye(n, dtype=torch.bool, device=unit.device)
+        chosen = distance.masked_fill(itself, float("inf")).amin(-1).argmax(-1)  # [G]
+        order = [chosen]
+        # Distance of every token to the chosen set; -inf marks members.
+        nearest = torch.full_like(distance[:, 0], float("inf"))
+        for _ in range(k - 1):
+            nearest = torch.minimum(nearest, distance[image, chosen])
+            nearest[image, chosen] = float("-inf")
+            chosen = nearest.argmax(-1)
+            order.append(chosen)
+        return Selection.of(torch.stack(order, 1))

@@ -1,0 +1,80 @@
+"""VisionZip: dominant tokens by [CLS] attention, the rest merged into contextual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.nn.functional import normalize
+
+from vtprune.errors import InvalidOptionError
+from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
+from vtprune.selection import Selection, merged, topk
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Method):
+    """Training-free, text-agnostic; d dominant and c contextual tokens, d + c = k.
+
+        a_j = sum_h A_h[CLS, j] in the last used ViT layer,   dominant = argtopk(a, d)
+
+    Of the M remaining tokens every floor(M / c)-th (the first c of them) is a contextual target; each other one
+    joins the target of largest cosine between head-mean keys, and a contextual token becomes
+    target + mean(joined).
+
+    Source: Yang et al., "VisionZip" (CVPR 2025); dvlab-research/VisionZip at 3151f6d. The authors' counts for
+    64 are 54 dominant with [CLS] + 10 contextual; LLaVA drops [CLS], so their language model sees 53 + 10;
+    here [CLS] is never counted and the split is 54 + 10. Output is in raster order (theirs: dominant, then
+    contextual). They count positions densely, as does `positions="auto"`.
+
+    Attributes:
+        contextual: share of the budget for contextual tokens (authors: 10 of 64).
+        scorer: "cls", or explicitly "received" (mean attention received) on encoders without [CLS], as in the
+            authors' code for such encoders.
+    """
+
+    key: ClassVar[str] = "visionzip"
+    authors_positions = "dense"
+
+    contextual: float = 10 / 64
+    scorer: Literal["cls", "received"] = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("scorer", self.scorer, ("cls", "received"))
+        if not 0 <= self.contextual < 1:
+            raise InvalidOptionError(f"contextual={self.contextual} is no share; give a float in [0, 1), e.g. 0.15.")
+
+    def site(self, facts: ModelFacts) -> Site:
+        return Site("encoder")
+
+    def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
+        last = facts.encoder_layers - 1
+        return (
+            Signal("cls_attention" if self.scorer == "cls" else "received_attention", last),
+            Signal("encoder_keys", last),
+        )
+
+    def decide(self, view: View) -> Selection:
+        attention, keys = (view[signal] for signal in view.signals)
+        n, k = view.n, view.k
+        c = min(round(self.contextual * k), n - k)
+        ranked = topk(attention.sum(1), n)
+        dominant, rest = ranked[:, : k - c], ranked[:, k - c :].sort(-1).values
+        if c == 0:
+            return Selection.of(dominant)
+        m = rest.shape[1]
+        targets = rest[:, :: m // c][:, :c]
+        unit = normalize(keys.float(), dim=-1)
+        pick = lambda t: unit.gather(1, t.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))  # noqa: E731
+        nearest = (pick(rest) @ pick(targets).transpose(1, 2)).argmax(-1)  # [G, M]
+        is_target = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, targets, True).gather(1, rest)
+        joined = torch.zeros_like(targets).scatter_add(1, nearest, (~is_target).long())  # members per target
+        share = 1.0 / joined.gather(1, nearest).clamp(min=1)
+        everyone = torch.arange(n, device=ranked.device).expand_as(ranked)
+        into = everyone.scatter(1, rest, torch.where(is_target, rest, targets.gather(1, nearest)))
+        weight = torch.ones_like(share).new_ones(ranked.shape).scatter(
+            1, rest, torch.where(is_target, torch.ones_like(share), share)
+        )
+        return merged(torch.cat([dominant, targets], 1), into, weight)

@@ -1,0 +1,285 @@
+"""The public entry: patch a model, read the report, undo."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vtprune import methods
+from vtprune.encoder_engine import EncoderEngine
+from vtprune.errors import AlreadyPatchedError, InvalidOptionError, UnsupportedMethodError, VTPruneError
+from vtprune.integrations import FAMILIES, integrate
+from vtprune.integrations.base import Encoding, Integration
+from vtprune.journal import Journal
+from vtprune.method import Method, ModelFacts, Signal, Stage, compose
+from vtprune.report import ImageReport, Report
+
+_numbers = itertools.count(1)
+_patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class Patch:
+    """A method at work on a model. Made by :func:`patch`; a context manager that removes itself.
+
+    Attributes:
+        method: the method.
+        facts: what the method knows of the model.
+        stages: its decisions in the order of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        integration = integrate(model)
+        self.method = method
+        self.facts = integration.facts
+        self.stages = plan(method, self.facts)
+        self._model = weakref.ref(model)
+        self._journal = Journal()
+        self._report: Report | None = None
+        self._number = next(_numbers)
+        try:
+            self._attach(integration)
+        except BaseException:
+            self._journal.revert()
+            raise
+
+    def _attach(self, integration: Integration) -> None:
+        vision = [s for s in self.stages if s.site.kind in ("vit", "encoder")]
+        signals: dict[Signal, str] = {}
+        for stage in self.stages:
+            for signal in stage.needs:
+                if signal.kind != "text_attention":
+                    signals.setdefault(signal, str(stage.site))
+        alone = integration.decoder is None
+        encoder = EncoderEngine(
+            integration.tower, vision, signals, self._number, self._encoder_finished if alone else None
+        )
+        encoder.attach(self._journal)
+        if integration.decoder is not None and integration.base is not None:
+            from vtprune.decoder_engine import DecoderEngine
+
+            DecoderEngine(
+                integration.decoder,
+                integration.base,
+                integration.placeholders,
+                encoder,
+                [s for s in self.stages if s.site.kind in ("projector", "decoder")],
+                vision[-1].positions if vision else None,
+                self._number,
+                self._new_report,
+                self._publish,
+            ).attach(self._journal)
+
+    def _new_report(self) -> Report:
+        return Report(
+            method=self.method.key,
+            options=self.method.options(),
+            model=self.facts.name,
+            positions={str(s.site): s.positions for s in self.stages},
+        )
+
+    def _publish(self, report: Report) -> None:
+        notes = {
+            f"an image with {image.tokens_in} tokens has fewer than keep={stage.keep}; all of them were kept at "
+            f"{stage.site}"
+            for image in report.images
+            for stage in self.stages
+            if isinstance(stage.keep, int) and stage.keep > image.tokens_in
+        }
+        report.notes = sorted(notes)
+        self._report = report
+
+    def _encoder_finished(self, encoding: Encoding) -> None:
+        report = self._new_report()
+        report.n_samples = len(encoding.layouts)
+        report.watches = encoding.watches
+        for i, layout in enumerate(encoding.layouts):
+            report.images.append(ImageReport(i, layout, {site: kept[i] for site, kept in encoding.kept.items()}))
+        self._publish(report)
+
+    def report(self) -> Report:
+        """What happened in the last call (of any thread).
+
+        Raises:
+            VTPruneError: the model has not been called since it was patched.
+        """
+        if self._report is None:
+            raise VTPruneError("the model has not been called since it was patched, so there is nothing to report")
+        return self._report
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is in force."""
+        model = self._model()
+        return model is not None and _patches.get(model) is self
+
+    def remove(self) -> None:
+        """Undoes every change to the model, exactly. Safe to call twice."""
+        with _lock:
+            self._journal.revert()
+            model = self._model()
+            if model is not None and _patches.get(model) is self:
+                del _patches[model]
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"<Patch {self.method.key} on {self.facts.name}, {state}, sites {[str(s.site) for s in self.stages]}>"
+
+
+def plan(method: Method, facts: ModelFacts) -> list[Stage]:
+    """The stages of a method on a model, in the order of the forward pass.
+
+    Raises:
+        UnsupportedMethodError: the model lacks a site or a signal; names methods that work there.
+    """
+    try:
+        stages = sorted(method.stages(facts), key=lambda s: s.site.order)
+        for stage in stages:
+            _check_stage(stage, facts)
+    except UnsupportedMethodError as error:
+        working = [name for name, cls in methods.REGISTRY.items() if name != method.key and _works(cls, facts)]
+        raise UnsupportedMethodError(
+            f"method {method.key!r} cannot run on {facts.name}: {error} Methods that work there as they are: "
+            f"{', '.join(sorted(working))}."
+        ) from None
+    if not stages:
+        raise VTPruneError(f"method {method.key!r} has no stages on {facts.name}")
+    return stages
+
+
+def _works(cls: type[Method], facts: ModelFacts) -> bool:
+    try:
+        for stage in cls(keep=0.5).stages(facts):
+            _check_stage(stage, facts)
+    except VTPruneError:
+        return False
+    return True
+
+
+def _check_stage(stage: Stage, facts: ModelFacts) -> None:
+    site = stage.site
+    if site.kind not in facts.sites:
+        raise UnsupportedMethodError(
+            f"it has no site {site.kind!r} (sites: {', '.join(sorted(facts.sites))})."
+        )
+    depth = facts.encoder_layers if site.kind == "vit" else facts.decoder_layers
+    if site.layer is not None and not 0 <= site.layer < depth:
+        raise InvalidOptionError(f"site {site} is outside the model: layers 0 to {depth - 1} can be pruned.")
+    for signal in stage.needs:
+        if signal.kind in facts.missing:
+            raise UnsupportedMethodError(f"{facts.missing[signal.kind]}.")
+        layers = facts.signals.get(signal.kind)
+        if layers is None or signal.layer not in layers:
+            raise UnsupportedMethodError(f"it cannot provide {signal.kind} of layer {signal.layer}.")
+        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in ("vit", "decoder")
+        if (late and signal.layer >= (site.layer or 0)) or (
+            signal.kind == "text_attention" and site.kind != "decoder"
+        ):
+            raise InvalidOptionError(f"{signal.kind} of layer {signal.layer} is not known yet at site {site}.")
+
+
+def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: Any) -> Patch:
+    """Prunes visual tokens of a stock model from now on.
+
+    Nothing is replaced: the model is given forward hooks, all recorded in a journal. All checks come before the
+    first change.
+
+    Args:
+        model: see :func:`list_models`.
+        method: a registry key with its options, a Method, or several Methods to apply one after the other.
+        **options: options of the method when it is given by its key, e.g. ``keep=64``.
+
+    Returns:
+        The patch: ``report()``, ``remove()``, and a context manager.
+
+    Raises:
+        VTPruneError: unknown method or option, option out of range, unsupported model or pair, patched before.
+    """
+    chosen = _as_method(method, options)
+    if not isinstance(model, nn.Module):
+        from vtprune.errors import UnsupportedModelError
+
+        raise UnsupportedModelError(f"a {type(model).__name__} is no torch module; give a loaded model.")
+    with _lock:
+        for owner, other in list(_patches.items()):
+            if any(m is owner for m in model.modules()) or any(m is model for m in owner.modules()):
+                raise AlreadyPatchedError(
+                    f"{type(owner).__name__} already carries {other!r}. Call unpatch(model) first, or pass several "
+                    "methods in one patch to combine them."
+                )
+        result = Patch(model, chosen)
+        _patches[model] = result
+    return result
+
+
+def _as_method(method: str | Method | Sequence[Method], options: dict[str, Any]) -> Method:
+    if isinstance(method, str):
+        return methods.create(method, **options)
+    if options:
+        raise InvalidOptionError(
+            f"options {sorted(options)} can only be given with a method's name; a {type(method).__name__} carries "
+            "its own."
+        )
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, Sequence) and method and all(isinstance(m, Method) for m in method):
+        return compose(*method)
+    raise InvalidOptionError(
+        f"{method!r} is no method; give a name ({', '.join(sorted(methods.REGISTRY))}), a Method, or a list of Methods."
+    )
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undoes the patch of a model.
+
+    Raises:
+        VTPruneError: the model carries no patch.
+    """
+    current = _patches.get(model)
+    if current is None:
+        raise VTPruneError(f"this {type(model).__name__} carries no patch")
+    current.remove()
+
+
+@dataclass(frozen=True)
+class ModelSupport:
+    """One supported model family.
+
+    Attributes:
+        name: its key.
+        title: name for people.
+        classes: classes that can be patched.
+        library: library that defines them.
+        kind: "lvlm" or "encoder".
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    library: str
+    kind: str
+
+
+def list_models() -> list[ModelSupport]:
+    """All supported model families."""
+    return [ModelSupport(f.name, f.title, f.classes, f.library, f.kind) for f in FAMILIES]
+
+
+def list_methods() -> list[str]:
+    """Registry keys of all methods."""
+    return sorted(methods.REGISTRY)

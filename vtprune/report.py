@@ -1,0 +1,231 @@
+"""What happened in a call: tokens, bytes and time, per sample, per layer and per site."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.layout import TokenLayout
+
+
+class Stopwatch:
+    """Adds up the time of a code section: wall clock on CPU, stream events on CUDA (read when asked for)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> Stopwatch:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._spans.append((self._start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds spent inside so far (on CUDA: waits for the device)."""
+        if not self._cuda:
+            return sum(1e3 * (end - start) for start, end in self._spans)
+        if self._spans:
+            self._spans[-1][1].synchronize()
+        return sum(float(start.elapsed_time(end)) for start, end in self._spans)
+
+
+@dataclass
+class ImageReport:
+    """One image (or video frame) of one sample.
+
+    Attributes:
+        sample: row in the batch.
+        layout: its token grid.
+        kept: site -> ascending indices of the tokens that remained behind it, in the full grid.
+    """
+
+    sample: int
+    layout: TokenLayout
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens the encoder made of it."""
+        return self.layout.n_tokens
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens left behind the last site."""
+        return len(next(reversed(self.kept.values()))) if self.kept else self.layout.n_tokens
+
+
+@dataclass
+class LayerReport:
+    """One decoder layer during prefill.
+
+    Attributes:
+        layer: its index.
+        tokens: tokens it processed, per sample, padding not counted.
+        visual_tokens: visual ones among them, per sample.
+        kv_bytes: bytes its cache held after prefill (all samples, padding included); 0 without a cache.
+    """
+
+    layer: int
+    tokens: list[int]
+    visual_tokens: list[int]
+    kv_bytes: int
+
+
+@dataclass
+class Report:
+    """The engagement report of the last call.
+
+    Attributes:
+        method, options, model, positions: what was patched, and the position policy in force per site.
+        images: every image of every sample.
+        layers: decoder layers (empty for an encoder alone).
+        decide_ms: site -> milliseconds spent measuring signals and deciding.
+        decode_steps: forward passes after prefill that used this cache.
+        notes: anything the user should know, e.g. an image with fewer tokens than the budget.
+    """
+
+    method: str
+    options: dict[str, object]
+    model: str
+    positions: dict[str, str]
+    n_samples: int = 0
+    images: list[ImageReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    decode_steps: int = 0
+    notes: list[str] = field(default_factory=list)
+    watches: dict[str, Stopwatch] = field(default_factory=dict, repr=False)
+
+    @property
+    def decide_ms(self) -> dict[str, float]:
+        """Site -> milliseconds spent measuring signals and deciding."""
+        return {site: watch.ms for site, watch in self.watches.items()}
+
+    def __deepcopy__(self, memo: object) -> Report:
+        return self  # a record of the past; copies of a cache or model share it
+
+    def _per_sample(self, values: Sequence[tuple[int, int]]) -> list[int]:
+        out = [0] * self.n_samples
+        for sample, value in values:
+            out[sample] += value
+        return out
+
+    @property
+    def visual_tokens_in(self) -> list[int]:
+        """Visual tokens per sample before pruning."""
+        return self._per_sample([(i.sample, i.tokens_in) for i in self.images])
+
+    @property
+    def visual_tokens_llm(self) -> list[int]:
+        """Visual tokens per sample that enter the language model."""
+        if not self.layers:
+            return self.visual_tokens_out
+        return list(self.layers[0].visual_tokens)
+
+    @property
+    def visual_tokens_out(self) -> list[int]:
+        """Visual tokens per sample behind the last site."""
+        return self._per_sample([(i.sample, i.tokens_out) for i in self.images])
+
+    @property
+    def layer_average_tokens(self) -> list[float]:
+        """Visual tokens per sample averaged over decoder layers (for an encoder alone: those that come out)."""
+        if not self.layers:
+            return [float(n) for n in self.visual_tokens_out]
+        sums = [sum(counts) for counts in zip(*(layer.visual_tokens for layer in self.layers), strict=True)]
+        return [s / len(self.layers) for s in sums]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole cache after prefill."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def engaged(self) -> bool:
+        """Whether any visual token was removed."""
+        return self.visual_tokens_out != self.visual_tokens_in
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings and lists."""
+        return {
+            "method": self.method,
+            "options": self.options,
+            "model": self.model,
+            "positions": self.positions,
+            "engaged": self.engaged,
+            "samples": [
+                {"visual_tokens_in": a, "visual_tokens_llm": b, "visual_tokens_out": c, "layer_average_tokens": d}
+                for a, b, c, d in zip(
+                    self.visual_tokens_in,
+                    self.visual_tokens_llm,
+                    self.visual_tokens_out,
+                    self.layer_average_tokens,
+                    strict=True,
+                )
+            ],
+            "images": [
+                {
+                    "sample": i.sample,
+                    "modality": i.layout.modality,
+                    "grid": [i.layout.rows, i.layout.cols],
+                    "time": i.layout.time,
+                    "tokens_in": i.tokens_in,
+                    "tokens_out": i.tokens_out,
+                    "kept": {site: kept.tolist() for site, kept in i.kept.items()},
+                }
+                for i in self.images
+            ],
+            "layers": [
+                {
+                    "layer": x.layer,
+                    "tokens": x.tokens,
+                    "visual_tokens": x.visual_tokens,
+                    "kv_bytes": x.kv_bytes,
+                }
+                for x in self.layers
+            ],
+            "kv_bytes": self.kv_bytes,
+            "decide_ms": self.decide_ms,
+            "decode_steps": self.decode_steps,
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        lines = [f"{self.method}({options}) on {self.model}"]
+        if not self.images:
+            return "\n".join([*lines, "  no visual tokens in this call", *(f"  note: {n}" for n in self.notes)])
+        for s in range(self.n_samples):
+            n_in, n_llm, n_out = self.visual_tokens_in[s], self.visual_tokens_llm[s], self.visual_tokens_out[s]
+            lines.append(
+                f"  sample {s}: {n_in} visual tokens -> {n_llm} into the language model -> {n_out} at the end, "
+                f"layer average {self.layer_average_tokens[s]:.1f}"
+                if self.layers
+                else f"  image {s}: {n_in} tokens -> {n_out}"
+            )
+        first = 0
+        for i in range(1, len(self.layers) + 1):
+            if i == len(self.layers) or self.layers[i].tokens != self.layers[first].tokens:
+                a = self.layers[first]
+                size = sum(x.kv_bytes for x in self.layers[first:i]) / 2**20
+                lines.append(f"  layers {first}-{i - 1}: {a.tokens} tokens per sample, {size:.3f} MiB of KV cache")
+                first = i
+        for site, ms in self.decide_ms.items():
+            lines.append(f"  {site}: {ms:.2f} ms deciding, positions {self.positions.get(site, 'original')}")
+        if self.decode_steps:
+            lines.append(f"  {self.decode_steps} decoding steps")
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])

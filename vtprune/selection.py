@@ -1,0 +1,109 @@
+"""The decision as a value: which tokens stay, and what is merged into them with which weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune import ops
+from vtprune.errors import NonFiniteScoresError, VTPruneError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept tokens of G images with N tokens each, and optionally where the others go.
+
+    Attributes:
+        index: one ascending int64 tensor [K_g] per image; counts may differ between images.
+        into: [G, N] int64 slot (0 .. K_g - 1) that every token is added to, -1 for discarded tokens;
+            None when nothing is merged.
+        weight: [G, N] coefficients of that sum, used as they are.
+    """
+
+    index: tuple[Tensor, ...]
+    into: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Kept tokens per image."""
+        return tuple(len(i) for i in self.index)
+
+    @classmethod
+    def of(cls, index: Tensor) -> Selection:
+        """From equal counts: index [G, K], any order; sorted here so that raster order survives."""
+        return cls(tuple(index.sort(-1).values.unbind(0)))
+
+    @classmethod
+    def topk(cls, scores: Tensor, k: int) -> Selection:
+        """The k largest scores [G, N] of every image, ties going to the lower index.
+
+        Raises:
+            NonFiniteScoresError: a score is NaN.
+        """
+        return cls.of(topk(scores, k))
+
+    @classmethod
+    def where(cls, mask: Tensor) -> Selection:
+        """From a bool mask [G, N]; counts may differ (reading them synchronises the device)."""
+        return cls(tuple(row.nonzero()[:, 0] for row in mask))
+
+    @classmethod
+    def everything(cls, n_images: int, n_tokens: int, device: torch.device) -> Selection:
+        """Keeps all tokens."""
+        return cls(tuple(torch.arange(n_tokens, device=device) for _ in range(n_images)))
+
+    def image(self, g: int) -> Selection:
+        """The part that concerns image g, as a selection of one image."""
+        if self.into is None or self.weight is None:
+            return Selection((self.index[g],))
+        return Selection((self.index[g],), self.into[g : g + 1], self.weight[g : g + 1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Applies a selection of one image to its tokens.
+
+        Args:
+            x: [N, D].
+
+        Returns:
+            [K, D].
+        """
+        if len(self.index) != 1:
+            raise VTPruneError(f"apply() works on one image, this selection holds {len(self.index)}")
+        if self.into is None or self.weight is None:
+            return ops.gather_tokens(x[None], self.index[0][None])[0]
+        return ops.merge_tokens(x[None], self.into, self.weight, len(self.index[0]))[0]
+
+
+def topk(scores: Tensor, k: int) -> Tensor:
+    """Indices [G, k] of the k largest scores [G, N], best first, ties going to the lower index."""
+    check_finite(scores)
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def check_finite(scores: Tensor) -> None:
+    """Raises NonFiniteScoresError if a score is NaN (one device synchronisation)."""
+    if bool(torch.isnan(scores).any()):
+        raise NonFiniteScoresError(
+            f"{int(torch.isnan(scores).sum())} of {scores.numel()} token scores are NaN, so no token can be "
+            "selected. Look for overflow in the model (float16 attention?) or a bug in the method's score."
+        )
+
+
+def merged(index: Tensor, target: Tensor, weight: Tensor) -> Selection:
+    """A selection that keeps `index` and adds every other token to the kept token `target` points at.
+
+    Args:
+        index: [G, K] kept tokens.
+        target: [G, N] for each token the kept token (original index) it is added to; kept tokens point at
+            themselves, -1 discards.
+        weight: [G, N] coefficients.
+    """
+    index = index.sort(-1).values
+    slot = target.new_full(target.shape, -1).scatter(
+        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
+    )
+    into = torch.where(target >= 0, slot.gather(1, target.clamp(min=0)), target)
+    return Selection(tuple(index.unbind(0)), into, weight)
