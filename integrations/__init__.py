@@ -34,7 +34,8 @@ class Family:
     def matches(self, model: nn.Module) -> bool:
         """Whether a class of the model is one of `classes`, by name, so that the library is not imported."""
         return any(
-            c.__name__ in self.classes and c.__module__.split(".")[0] == self.library for c in type(model).__mro__
+            c.__name__ in self.classes and c.__module__.split(".")[0] == self.library
+            for c in type(model).__mro__
         )
 
 

@@ -38,7 +38,9 @@ class Encoding:
         extra: whatever the vision tower needs to remember between its layers.
     """
 
-    def __init__(self, layouts: Sequence[TokenLayout], pixels: Callable[[], Sequence[Tensor]], device: torch.device):
+    def __init__(
+        self, layouts: Sequence[TokenLayout], pixels: Callable[[], Sequence[Tensor]], device: torch.device
+    ):
         self.layouts = list(layouts)
         self.alive = [torch.arange(layout.n_tokens, device=device) for layout in layouts]
         self.signals: dict[Signal, tuple[list[Tensor], list[Tensor]]] = {}
@@ -128,7 +130,7 @@ class VisionTower(ABC):
     projector: nn.Module | None
     restores: bool
     has_cls: bool
-    refuses: Mapping[str, str] = {}  # noqa: RUF012
+    refuses: Mapping[str, str] = {}
 
     @abstractmethod
     def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Encoding:
@@ -140,7 +142,13 @@ class VisionTower(ABC):
 
     @abstractmethod
     def measure(
-        self, encoding: Encoding, signal: Signal, q: Tensor, k: Tensor, scale: float, kwargs: Mapping[str, Any]
+        self,
+        encoding: Encoding,
+        signal: Signal,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        kwargs: Mapping[str, Any],
     ) -> list[Tensor]:
         """Computes a signal from a layer's q and k; token-first per image."""
 
@@ -149,7 +157,9 @@ class VisionTower(ABC):
         """Features [K_i, D] of the alive tokens of every image."""
 
     @abstractmethod
-    def reduce(self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool) -> Tensor:
+    def reduce(
+        self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool
+    ) -> Tensor:
         """Hidden states holding only `rows` ([K_i, D] per image, already selected)."""
 
     @abstractmethod
@@ -211,7 +221,13 @@ class BatchedViT(VisionTower):
         return self._tap(layer)
 
     def measure(
-        self, encoding: Encoding, signal: Signal, q: Tensor, k: Tensor, scale: float, kwargs: Mapping[str, Any]
+        self,
+        encoding: Encoding,
+        signal: Signal,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        kwargs: Mapping[str, Any],
     ) -> list[Tensor]:
         p, valid = self.prefix, encoding.extra.get("valid")
         if signal.kind == "encoder_keys":
@@ -229,7 +245,9 @@ class BatchedViT(VisionTower):
         p = self.projector_prefix if at_projector else self.prefix
         return self._rows(encoding, hidden[:, p:])
 
-    def reduce(self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool) -> Tensor:
+    def reduce(
+        self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool
+    ) -> Tensor:
         p = self.projector_prefix if at_projector else self.prefix
         tokens, valid = rectangle(rows)
         if valid is not None and not at_projector:
@@ -253,7 +271,9 @@ class BatchedViT(VisionTower):
         mask: Tensor = valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
         if self._additive():
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(
+                ~mask, torch.finfo(hidden.dtype).min
+            )
         if self._mask_argument == "positional" and len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
         name = "attention_mask" if self._mask_argument == "positional" else self._mask_argument
@@ -315,14 +335,22 @@ class PackedViT(VisionTower):
         return self._tap(layer)
 
     def measure(
-        self, encoding: Encoding, signal: Signal, q: Tensor, k: Tensor, scale: float, kwargs: Mapping[str, Any]
+        self,
+        encoding: Encoding,
+        signal: Signal,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        kwargs: Mapping[str, Any],
     ) -> list[Tensor]:
         if signal.kind == "encoder_keys":
             per_patch = k[0].mean(0)  # [patches, d]
         else:
             lengths = kwargs["cu_seqlens"].diff().tolist()
             parts = zip(q.split(lengths, 2), k.split(lengths, 2), strict=True)
-            per_patch = torch.cat([ops.received_attention(a, b, scale) for a, b in parts], -1)[0].transpose(0, 1)
+            per_patch = torch.cat([ops.received_attention(a, b, scale) for a, b in parts], -1)[0].transpose(
+                0, 1
+            )
         # A token is the mean of its patches.
         return self._in_order(encoding, per_patch.unflatten(0, (-1, self.unit)).mean(1))
 
@@ -333,7 +361,9 @@ class PackedViT(VisionTower):
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
         return self._in_order(encoding, hidden.reshape(len(hidden) // self.unit, -1))
 
-    def reduce(self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool) -> Tensor:
+    def reduce(
+        self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool
+    ) -> Tensor:
         offsets = [0]
         for layout in encoding.layouts:
             offsets.append(offsets[-1] + layout.n_tokens)

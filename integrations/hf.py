@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedModelError
@@ -15,7 +14,8 @@ from vtprune.integrations.base import AttentionTap, BatchedViT, Decoder
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, L, H d] -> [B, H, L, d]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads.transpose(1, 2)
 
 
 def decoder_of(module: nn.Module, name: str, mrope: bool = False) -> Decoder:
@@ -39,11 +39,11 @@ def decoder_of(module: nn.Module, name: str, mrope: bool = False) -> Decoder:
         k: nn.Module = attn.get_submodule("k_proj")
         return q, k
 
-    def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         source = sys.modules[type(attn).__module__]
         multimodal = getattr(source, "apply_multimodal_rotary_pos_emb", None)  # transformers < 5.20
         if multimodal is not None and cos.ndim == 4:
-            rotated, _ = multimodal(x, x, cos, sin, attn.config.rope_parameters["mrope_section"])  # type: ignore[union-attr]
+            rotated, _ = multimodal(x, x, cos, sin, attn.config.rope_parameters["mrope_section"])
         else:
             rotated, _ = source.apply_rotary_pos_emb(x, x, cos, sin)
         out: Tensor = rotated
@@ -147,5 +147,3 @@ def require_submodules(model: nn.Module, names: Sequence[str], integration: str)
                 f"{type(model).__name__} looks like {integration} but has no submodule {name!r}; this version of "
                 "transformers lays the model out differently from 5.16 - 5.23."
             ) from None
-
-

@@ -44,7 +44,9 @@ def integrate(model: nn.Module) -> Integration:
     missing = (
         {}
         if tower.has_cls
-        else {"cls_attention": f"the {vision_config.model_type} tower has no [CLS] token; use scorer='received'"}
+        else {
+            "cls_attention": f"the {vision_config.model_type} tower has no [CLS] token; use scorer='received'"
+        }
     )
     signals = {"received_attention": layers, "encoder_keys": layers}
     if tower.has_cls:

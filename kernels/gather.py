@@ -10,8 +10,8 @@ from torch import Tensor
 BLOCK_D_MAX = 1024
 
 
-@triton.jit
-def gather_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def gather_kernel(  # type: ignore[no-untyped-def]
     p_x,
     p_index,
     p_out,
@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
         out = grad.new_zeros(grad.shape[0], ctx.n, grad.shape[-1])  # type: ignore[attr-defined]
         return out.scatter_add(1, index.unsqueeze(-1).expand_as(grad), grad), None

@@ -190,7 +190,11 @@ def resolve_layer(layer: int | float, depth: int, name: str, first: int = 0) -> 
         InvalidOptionError: outside [first, depth).
     """
     index = round(layer * depth) if isinstance(layer, float) else layer + depth if layer < 0 else layer
-    if isinstance(layer, bool) or (isinstance(layer, float) and not 0 <= layer < 1) or not first <= index < depth:
+    if (
+        isinstance(layer, bool)
+        or (isinstance(layer, float) and not 0 <= layer < 1)
+        or not first <= index < depth
+    ):
         raise InvalidOptionError(
             f"{name}={layer} is outside the model: give an index from {first} to {depth - 1}, or a fraction of "
             f"its {depth} layers in [0, 1)."
@@ -246,7 +250,7 @@ class Method(ABC):
         ]
 
     def position_policy(self, facts: ModelFacts) -> Literal["original", "dense"]:
-        """"original" or "dense" on this model.
+        """ "original" or "dense" on this model.
 
         Raises:
             UnsupportedMethodError: "dense" was asked for on a model with multi-dimensional positions.

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from vtprune import methods
-from vtprune.encoder_engine import EncoderEngine
+from vtprune.engine.encoder import EncoderEngine
+from vtprune.engine.journal import Journal
 from vtprune.errors import AlreadyPatchedError, InvalidOptionError, UnsupportedMethodError, VTPruneError
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
-from vtprune.journal import Journal
 from vtprune.method import Method, ModelFacts, Signal, Stage, compose
 from vtprune.report import ImageReport, Report
 
@@ -63,7 +63,7 @@ class Patch:
         )
         encoder.attach(self._journal)
         if integration.decoder is not None and integration.base is not None:
-            from vtprune.decoder_engine import DecoderEngine
+            from vtprune.engine.decoder import DecoderEngine
 
             DecoderEngine(
                 integration.decoder,
@@ -71,7 +71,7 @@ class Patch:
                 integration.placeholders,
                 encoder,
                 [s for s in self.stages if s.site.kind in ("projector", "decoder")],
-                vision[-1].positions if vision else None,
+                any(s.positions == "dense" for s in vision),
                 self._number,
                 self._new_report,
                 self._publish,
@@ -101,7 +101,9 @@ class Patch:
         report.n_samples = len(encoding.layouts)
         report.watches = encoding.watches
         for i, layout in enumerate(encoding.layouts):
-            report.images.append(ImageReport(i, layout, {site: kept[i] for site, kept in encoding.kept.items()}))
+            report.images.append(
+                ImageReport(i, layout, {site: kept[i] for site, kept in encoding.kept.items()})
+            )
         self._publish(report)
 
     def report(self) -> Report:
@@ -111,7 +113,9 @@ class Patch:
             VTPruneError: the model has not been called since it was patched.
         """
         if self._report is None:
-            raise VTPruneError("the model has not been called since it was patched, so there is nothing to report")
+            raise VTPruneError(
+                "the model has not been called since it was patched, so there is nothing to report"
+            )
         return self._report
 
     @property
@@ -152,7 +156,9 @@ def plan(method: Method, facts: ModelFacts) -> list[Stage]:
         for stage in stages:
             _check_stage(stage, facts)
     except UnsupportedMethodError as error:
-        working = [name for name, cls in methods.REGISTRY.items() if name != method.key and _works(cls, facts)]
+        working = [
+            name for name, cls in methods.REGISTRY.items() if name != method.key and _works(cls, facts)
+        ]
         raise UnsupportedMethodError(
             f"method {method.key!r} cannot run on {facts.name}: {error} Methods that work there as they are: "
             f"{', '.join(sorted(working))}."
@@ -186,11 +192,16 @@ def _check_stage(stage: Stage, facts: ModelFacts) -> None:
         layers = facts.signals.get(signal.kind)
         if layers is None or signal.layer not in layers:
             raise UnsupportedMethodError(f"it cannot provide {signal.kind} of layer {signal.layer}.")
-        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in ("vit", "decoder")
+        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in (
+            "vit",
+            "decoder",
+        )
         if (late and signal.layer >= (site.layer or 0)) or (
             signal.kind == "text_attention" and site.kind != "decoder"
         ):
-            raise InvalidOptionError(f"{signal.kind} of layer {signal.layer} is not known yet at site {site}.")
+            raise InvalidOptionError(
+                f"{signal.kind} of layer {signal.layer} is not known yet at site {site}."
+            )
 
 
 def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: Any) -> Patch:

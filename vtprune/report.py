@@ -38,7 +38,7 @@ class Stopwatch:
     def ms(self) -> float:
         """Milliseconds spent inside so far (on CUDA: waits for the device)."""
         if not self._cuda:
-            return sum(1e3 * (end - start) for start, end in self._spans)
+            return float(sum(1e3 * (end - start) for start, end in self._spans))
         if self._spans:
             self._spans[-1][1].synchronize()
         return sum(float(start.elapsed_time(end)) for start, end in self._spans)
@@ -168,7 +168,12 @@ class Report:
             "positions": self.positions,
             "engaged": self.engaged,
             "samples": [
-                {"visual_tokens_in": a, "visual_tokens_llm": b, "visual_tokens_out": c, "layer_average_tokens": d}
+                {
+                    "visual_tokens_in": a,
+                    "visual_tokens_llm": b,
+                    "visual_tokens_out": c,
+                    "layer_average_tokens": d,
+                }
                 for a, b, c, d in zip(
                     self.visual_tokens_in,
                     self.visual_tokens_llm,
@@ -208,9 +213,15 @@ class Report:
         options = ", ".join(f"{k}={v}" for k, v in self.options.items())
         lines = [f"{self.method}({options}) on {self.model}"]
         if not self.images:
-            return "\n".join([*lines, "  no visual tokens in this call", *(f"  note: {n}" for n in self.notes)])
+            return "\n".join(
+                [*lines, "  no visual tokens in this call", *(f"  note: {n}" for n in self.notes)]
+            )
         for s in range(self.n_samples):
-            n_in, n_llm, n_out = self.visual_tokens_in[s], self.visual_tokens_llm[s], self.visual_tokens_out[s]
+            n_in, n_llm, n_out = (
+                self.visual_tokens_in[s],
+                self.visual_tokens_llm[s],
+                self.visual_tokens_out[s],
+            )
             lines.append(
                 f"  sample {s}: {n_in} visual tokens -> {n_llm} into the language model -> {n_out} at the end, "
                 f"layer average {self.layer_average_tokens[s]:.1f}"
@@ -222,7 +233,9 @@ class Report:
             if i == len(self.layers) or self.layers[i].tokens != self.layers[first].tokens:
                 a = self.layers[first]
                 size = sum(x.kv_bytes for x in self.layers[first:i]) / 2**20
-                lines.append(f"  layers {first}-{i - 1}: {a.tokens} tokens per sample, {size:.3f} MiB of KV cache")
+                lines.append(
+                    f"  layers {first}-{i - 1}: {a.tokens} tokens per sample, {size:.3f} MiB of KV cache"
+                )
                 first = i
         for site, ms in self.decide_ms.items():
             lines.append(f"  {site}: {ms:.2f} ms deciding, positions {self.positions.get(site, 'original')}")

@@ -116,7 +116,11 @@ def _finish(cls: Any, config: Any, attention: str, seed: int) -> nn.Module:
 
 
 def llava_inputs(
-    prompts: Sequence[Sequence[int | str]], seed: int = 0, padding: str = "left", n_tokens: int = 16, size: int = 32
+    prompts: Sequence[Sequence[int | str]],
+    seed: int = 0,
+    padding: str = "left",
+    n_tokens: int = 16,
+    size: int = 32,
 ) -> dict[str, Tensor]:
     """A batch for :func:`tiny_llava`.
 
@@ -144,7 +148,9 @@ def llava_inputs(
 
 
 def qwen_inputs(
-    prompts: Sequence[Sequence[int | tuple[int, int] | tuple[int, int, int]]], seed: int = 0, padding: str = "left"
+    prompts: Sequence[Sequence[int | tuple[int, int] | tuple[int, int, int]]],
+    seed: int = 0,
+    padding: str = "left",
 ) -> dict[str, Tensor]:
     """A batch for :func:`tiny_qwen2_5_vl`.
 
@@ -163,7 +169,11 @@ def qwen_inputs(
             if isinstance(item, tuple):
                 kind = "video" if len(item) == 3 else "image"
                 t, h, w = item if len(item) == 3 else (1, *item)
-                row += [VISION_START, *[VIDEO_TOKEN if kind == "video" else IMAGE_TOKEN] * (t * h * w), VISION_END]
+                row += [
+                    VISION_START,
+                    *[VIDEO_TOKEN if kind == "video" else IMAGE_TOKEN] * (t * h * w),
+                    VISION_END,
+                ]
                 grids[kind].append([t, 2 * h, 2 * w])
                 data[kind].append(torch.randn(t * 4 * h * w, 3 * 2 * 4 * 4, generator=generator))
             else:

@@ -33,7 +33,9 @@ class FastV(Method):
         return Site("decoder", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1))
 
     def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
-        return (Signal("text_attention", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1) - 1),)
+        return (
+            Signal("text_attention", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1) - 1),
+        )
 
     def decide(self, view: View) -> Selection:
         (attention,) = (view[signal] for signal in view.signals)

@@ -38,14 +38,18 @@ class Random(Method):
 
     def decide(self, view: View) -> Selection:
         draws = [
-            torch.rand(view.n_original[g], generator=torch.Generator().manual_seed((self.seed << 32) ^ image_seed))
+            torch.rand(
+                view.n_original[g], generator=torch.Generator().manual_seed((self.seed << 32) ^ image_seed)
+            )
             for g, image_seed in enumerate(view.image_seeds)
         ]
         scores = torch.stack(draws).to(view.features.device).gather(1, view.index)
         return Selection.topk(scores, view.k)
 
 
-def any_site(facts: ModelFacts, where: Literal["vit", "encoder", "projector", "decoder"], layer: int | float) -> Site:
+def any_site(
+    facts: ModelFacts, where: Literal["vit", "encoder", "projector", "decoder"], layer: int | float
+) -> Site:
     """The site a control was asked for; "projector" means the encoder's output where there is no projector."""
     if where == "projector" and "projector" not in facts.sites:
         where = "encoder"

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
+from vtprune.ops import gather_tokens
 from vtprune.selection import Selection, merged, topk
 
 
@@ -44,7 +45,9 @@ class VisionZip(Method):
         super().__post_init__()
         check_choice("scorer", self.scorer, ("cls", "received"))
         if not 0 <= self.contextual < 1:
-            raise InvalidOptionError(f"contextual={self.contextual} is no share; give a float in [0, 1), e.g. 0.15.")
+            raise InvalidOptionError(
+                f"contextual={self.contextual} is no share; give a float in [0, 1), e.g. 0.15."
+            )
 
     def site(self, facts: ModelFacts) -> Site:
         return Site("encoder")
@@ -67,14 +70,13 @@ class VisionZip(Method):
         m = rest.shape[1]
         targets = rest[:, :: m // c][:, :c]
         unit = normalize(keys.float(), dim=-1)
-        pick = lambda t: unit.gather(1, t.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))  # noqa: E731
-        nearest = (pick(rest) @ pick(targets).transpose(1, 2)).argmax(-1)  # [G, M]
+        cosine = gather_tokens(unit, rest) @ gather_tokens(unit, targets).transpose(1, 2)
+        nearest = cosine.argmax(-1)  # [G, M]
         is_target = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, targets, True).gather(1, rest)
         joined = torch.zeros_like(targets).scatter_add(1, nearest, (~is_target).long())  # members per target
         share = 1.0 / joined.gather(1, nearest).clamp(min=1)
         everyone = torch.arange(n, device=ranked.device).expand_as(ranked)
         into = everyone.scatter(1, rest, torch.where(is_target, rest, targets.gather(1, nearest)))
-        weight = torch.ones_like(share).new_ones(ranked.shape).scatter(
-            1, rest, torch.where(is_target, torch.ones_like(share), share)
-        )
+        share = share.masked_fill(is_target, 1.0)
+        weight = torch.ones(ranked.shape, device=ranked.device).scatter(1, rest, share)
         return merged(torch.cat([dominant, targets], 1), into, weight)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
 from vtprune.selection import Selection
 
@@ -46,8 +48,11 @@ class VTCCls(Method):
         kind: Literal["cls_attention", "received_attention"] = (
             "cls_attention" if self.scorer == "cls" else "received_attention"
         )
-        return tuple(Signal(kind, layer) for layer in range(resolve_layer(self.first_layer, depth, "first_layer"), depth))
+        return tuple(
+            Signal(kind, layer)
+            for layer in range(resolve_layer(self.first_layer, depth, "first_layer"), depth)
+        )
 
     def decide(self, view: View) -> Selection:
-        scores = sum(view[signal].mean(1) for signal in view.signals)
-        return Selection.topk(scores, view.k)
+        layers = [view[signal].mean(1) for signal in view.signals]
+        return Selection.topk(torch.stack(layers).sum(0), view.k)

@@ -86,7 +86,9 @@ def _signal(signal: Signal, batch: Sequence[Candidate]) -> Tensor:
 
 def _check(selection: object, stage: Stage, n_images: int, n_tokens: int) -> None:
     if not isinstance(selection, Selection):
-        raise VTPruneError(f"the decision at {stage.site} is a {type(selection).__name__}, expected a Selection")
+        raise VTPruneError(
+            f"the decision at {stage.site} is a {type(selection).__name__}, expected a Selection"
+        )
     if len(selection.index) != n_images:
         raise VTPruneError(
             f"the decision at {stage.site} covers {len(selection.index)} images, {n_images} were asked for"

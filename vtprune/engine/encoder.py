@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.deciding import Candidate, decide
+from vtprune.engine.deciding import Candidate, decide
+from vtprune.engine.journal import Journal
 from vtprune.errors import UnsupportedCallError
 from vtprune.integrations.base import Encoding, VisionTower
-from vtprune.journal import Journal
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
 
+# Name of the attribute of an encoder's output that carries {owner: Encoding} to the prefill.
 ATTRIBUTE = "_vtprune_encodings"
 
 

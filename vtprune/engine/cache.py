@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -66,9 +65,11 @@ class PrunedDynamicCache(DynamicCache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Physical slots of a layer; masks are sized by it."""
-        return int(self.layers[layer_idx].get_seq_length())
+        return physical_length(self, layer_idx)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         if _writer.get() is not self.vtprune:
             raise UnsupportedCallError(
                 "this cache was pruned by vtprune and the model that now continues it is not patched (or is patched "
@@ -85,7 +86,7 @@ class PrunedDynamicCache(DynamicCache):
                 segment.shift = change(segment.shift)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -102,7 +103,9 @@ class PrunedDynamicCache(DynamicCache):
         if tokens_to_remove > 0:
             raise UnsupportedCallError("crop() of a pruned cache takes a negative number of tokens to remove")
         if n > min(segment.length for segment in self.vtprune.segments):
-            raise UnsupportedCallError(f"crop({tokens_to_remove}) would reach back beyond the tokens that were kept")
+            raise UnsupportedCallError(
+                f"crop({tokens_to_remove}) would reach back beyond the tokens that were kept"
+            )
         super().crop(tokens_to_remove)
         self.vtprune.logical -= n
         for segment in self.vtprune.segments:
@@ -112,8 +115,8 @@ class PrunedDynamicCache(DynamicCache):
 
     def reset(self) -> None:
         """Empties the cache; it is an ordinary `DynamicCache` again afterwards."""
-        super().reset()
-        self.__class__ = DynamicCache
+        super().reset()  # type: ignore[no-untyped-call]
+        self.__class__ = DynamicCache  # type: ignore[assignment]
         del self.vtprune
 
 
@@ -158,11 +161,3 @@ def writing(state: CacheState | None) -> Any:
 def done(token: Any) -> None:
     """Ends what :func:`writing` began."""
     _writer.reset(token)
-
-
-def cat_valid(past: Tensor | None, past_length: int, new: Tensor | None, new_length: int, batch: int, device: torch.device) -> Tensor | None:
-    """Validity of past and new slots together; None when neither holds padding."""
-    if past is None and new is None:
-        return None
-    ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=device)  # noqa: E731
-    return torch.cat([ones(past_length) if past is None else past, ones(new_length) if new is None else new], 1)

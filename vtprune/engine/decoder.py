@@ -1,0 +1,403 @@
+"""Removes tokens at the input of a language model and of its layers, in prefill and ever after."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune import ops
+from vtprune.engine.cache import CacheState, done, install, state_of, writing
+from vtprune.engine.deciding import Candidate, decide
+from vtprune.engine.encoder import EncoderEngine
+from vtprune.engine.journal import Journal
+from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, open_frame
+from vtprune.engine.sequence import TokenSequence, gather_positions, gather_table
+from vtprune.errors import InertPruningError, UnsupportedCallError
+from vtprune.integrations.base import Decoder
+from vtprune.method import Signal, Stage
+from vtprune.report import LayerReport, Report, Stopwatch
+from vtprune.selection import Selection
+
+# (image, [K] indices into its full grid) -> [K] places in the hidden states at hand
+Where = Callable[[PromptImage, Tensor], Tensor]
+
+
+@dataclass
+class Run:
+    """One forward pass of the language model.
+
+    Attributes:
+        tokens: its tokens and slots.
+        images: visual tokens of this pass; empty in decoding.
+        memo: decisions to repeat instead of deciding again.
+        report: None when the pass holds no visual tokens.
+        captured: (layer, "q" | "k") -> projected last-token queries or all keys, unrotated.
+        fired: numbers of the stages that decided.
+    """
+
+    tokens: TokenSequence
+    images: list[PromptImage] = field(default_factory=list)
+    memo: Memo | None = None
+    report: Report | None = None
+    captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    fired: set[int] = field(default_factory=set)
+
+
+class DecoderEngine:
+    """Hooks of one patch on one language model.
+
+    Args:
+        decoder, base, placeholders: see :class:`~vtprune.integrations.base.Integration`.
+        encoder: the engine on its vision encoder.
+        stages: stages at sites `projector` and `decoder`, in order.
+        renumber_encoder: whether stages in and behind the encoder renumber positions.
+        owner: number of the patch.
+        new_report, publish: make an empty report; hand over a finished one.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        base: nn.Module,
+        placeholders: Mapping[str, int],
+        encoder: EncoderEngine,
+        stages: Sequence[Stage],
+        renumber_encoder: bool,
+        owner: int,
+        new_report: Callable[[], Report],
+        publish: Callable[[Report], None],
+    ) -> None:
+        self.decoder, self.base, self.placeholders, self.encoder = decoder, base, placeholders, encoder
+        self.stages = list(enumerate(stages))
+        self.renumber_encoder, self.owner = renumber_encoder, owner
+        self.new_report, self.publish = new_report, publish
+        self.local = threading.local()
+        self.memos = Memos()
+        self.signature = inspect.signature(base.forward)
+        self.borders = sorted({s.site.layer or 0 for s in stages if s.site.kind == "decoder"})
+        self.text_layers = sorted({n.layer for s in stages for n in s.needs if n.kind == "text_attention"})
+
+    def attach(self, journal: Journal) -> None:
+        """Registers all hooks."""
+        decoder = self.decoder
+        journal.pre_hook(self.base, self._enter)
+        journal.hook(self.base, self._leave, always=True)
+        journal.pre_hook(decoder.module, self._begin)
+        journal.hook(decoder.module, self._end, always=True)
+        for layer in self.text_layers:
+            for name, projection in zip("qk", decoder.projections(decoder.attention(layer)), strict=True):
+                journal.hook(projection, self._capture(layer, name))
+        first = min([*self.borders, *self.text_layers], default=len(decoder.layers))
+        for layer in range(first, len(decoder.layers)):
+            journal.pre_hook(decoder.layers[layer], self._layer_hook(layer))
+
+    def _run(self) -> Run | None:
+        run: Run | None = getattr(self.local, "run", None)
+        return run
+
+    # The whole model -------------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frame = open_frame(self.signature, args, kwargs)
+        if frame.visual and not frame.features:
+            self.encoder.history(restart=True)
+        self.local.frame = frame
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        frame: Frame | None = getattr(self.local, "frame", None)
+        self.local.frame = None
+        self.encoder.history(restart=True)
+        if output is not None and frame is not None and frame.visual and not frame.seen:
+            raise InertPruningError(
+                "the call held visual tokens, but the hook on the language model did not run, so nothing was pruned. "
+                "Something replaced or wrapped a submodule after patching; remove the patch and patch again."
+            )
+
+    # The language model ----------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame: Frame | None = getattr(self.local, "frame", None)
+        cache = kwargs.get("past_key_values")
+        state = state_of(cache)
+        self.local.run = None
+        if frame is not None and frame.visual:
+            frame.seen = True
+        elif state is None:
+            if frame is not None:
+                self.publish(self.new_report())
+            return None
+        if state is not None and state.owner != self.owner:
+            raise UnsupportedCallError(
+                "this cache was pruned under another patch; continue it while that patch is active, or start from a "
+                "fresh cache"
+            )
+        embeds: Tensor | None = kwargs.get("inputs_embeds")
+        if embeds is None:
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            embeds = module.get_submodule("embed_tokens")(ids)
+            args, kwargs = (), {k: v for k, v in kwargs.items() if k != "input_ids"}
+        assert embeds is not None
+        run = Run(TokenSequence.open(embeds, kwargs.get("attention_mask"), cache, state))
+        if frame is not None and frame.visual:
+            run.images, encodings = locate(frame, self.placeholders, self.encoder.history(), self.owner)
+            run.report = self.new_report()
+            run.report.n_samples = len(embeds)
+            run.report.images = [i.report for i in run.images]
+            for encoding in encodings:
+                run.report.watches.update(encoding.watches)
+            if cache is None and frame.key is not None and frame.ids is not None:
+                run.memo = self.memos.recall(frame.key, frame.ids)
+        run.tokens.set_positions(kwargs.get("position_ids"), self.decoder.mrope)
+        kwargs = {**kwargs, **self._input(run, embeds)}
+        self.local.run = run
+        self.local.token = writing(state)
+        return args, kwargs
+
+    def _input(self, run: Run, embeds: Tensor) -> dict[str, Any]:
+        """Arguments of the language model after all stages before its first layer."""
+        tokens = run.tokens
+        dropped = [(i.row, _without(i.cols, i.alive)) for i in run.images if len(i.alive) < len(i.cols)]
+        if dropped:
+            tokens.drop(dropped, self.renumber_encoder)
+        for number, stage in self.stages:
+            if stage.site.kind == "projector" and run.images:
+                embeds = self._stage(run, number, stage, embeds, lambda i, index: i.cols[index])
+        segment = tokens.begin_segment(0)
+        if segment.col is None and tokens.state is None:
+            return {"inputs_embeds": embeds}
+        if segment.col is not None:
+            embeds = ops.gather_tokens(embeds, segment.col)
+        mask = segment.all_valid
+        if mask is None and tokens.cache is None:
+            # An explicit mask keeps gaps in the positions from being read as packed sequences.
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return {
+            "inputs_embeds": embeds,
+            "position_ids": tokens.position_ids(segment),
+            "attention_mask": None if mask is None else mask.long(),
+        }
+
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        run = self._run()
+        self.local.run = None
+        token = getattr(self.local, "token", None)
+        if token is not None:
+            self.local.token = None
+            done(token)
+        if run is None or output is None:
+            return None
+        missing = [str(s.site) for n, s in self.stages if run.images and n not in run.fired]
+        if missing:
+            raise InertPruningError(
+                f"the call held visual tokens, but the hooks at {', '.join(missing)} did not run, so nothing was "
+                "pruned there. Something replaced a decoder layer after patching; remove the patch and patch again."
+            )
+        is_tuple = isinstance(output, tuple)
+        cache = (
+            next((o for o in output if hasattr(o, "layers")), None) if is_tuple else output.past_key_values
+        )
+        self._commit(run, cache)
+        full = run.tokens.aligned(output[0])
+        if is_tuple:
+            return (full, *output[1:])
+        output.last_hidden_state = full
+        return output
+
+    def _commit(self, run: Run, cache: Any) -> None:
+        tokens = run.tokens
+        report = run.report
+        if report is not None:
+            report.layers = self._layer_reports(run, cache)
+        elif tokens.state is not None:
+            report = tokens.state.report
+            report.decode_steps += 1
+        if report is not None:
+            self.publish(report)
+        if cache is not None:
+            install(cache, CacheState(self.owner, tokens.past + tokens.length, tokens.states(cache), report))
+
+    # Decoder layers --------------------------------------------------------------------------------------------
+
+    def _capture(self, layer: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            run = self._run()
+            if run is None or not run.images:
+                return
+            if name == "q":
+                run.captured[layer, name] = ops.gather_tokens(output.detach(), run.tokens.last_slot())
+            elif run.tokens.cache is None:  # a cache keeps the keys anyway
+                run.captured[layer, name] = output.detach()
+
+        return hook
+
+    def _layer_hook(self, layer: int) -> Callable[..., Any]:
+        stages = [(n, s) for n, s in self.stages if s.site.kind == "decoder" and s.site.layer == layer]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self._run()
+            if run is None:
+                return None
+            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            first = run.tokens.segments[0]
+            if first.tables is None:
+                first.tables, first.position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+                run.tokens.cache = kwargs.get("past_key_values")
+            if stages:
+                hidden = self._enter_segment(run, layer, stages, hidden)
+            segment = run.tokens.now
+            if segment.first_layer:
+                kwargs = {
+                    **kwargs,
+                    "attention_mask": segment.mask,
+                    "position_embeddings": segment.tables,
+                    "position_ids": segment.position_ids,
+                }
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+    def _enter_segment(
+        self, run: Run, layer: int, stages: Sequence[tuple[int, Stage]], hidden: Tensor
+    ) -> Tensor:
+        tokens = run.tokens
+        before = tokens.now
+        if run.images:
+            slot_of = tokens.slot_of(before)
+            for number, stage in stages:
+                hidden = self._stage(
+                    run, number, stage, hidden, lambda i, index: slot_of[i.row, i.cols[index]]
+                )
+        segment = tokens.begin_segment(layer)
+        segment.tables, segment.position_ids = before.tables, before.position_ids
+        if segment.col is not None:
+            index = tokens.slot_of(before).gather(1, segment.col)
+            hidden = ops.gather_tokens(hidden, index)
+            assert before.tables is not None
+            segment.tables = tuple(gather_table(t, index) for t in before.tables)
+            if before.position_ids is not None:
+                segment.position_ids = gather_positions(before.position_ids, index)
+        if any(stage.positions == "dense" for _, stage in stages):
+            segment.position_ids = tokens.position_ids(segment)
+            segment.tables = self.decoder.rotary(hidden, segment.position_ids)
+        segment.mask = self.decoder.causal_mask(hidden, segment.all_valid, tokens.cache, layer)
+        return hidden
+
+    # Shared by both kinds of sites -----------------------------------------------------------------------------
+
+    def _stage(self, run: Run, number: int, stage: Stage, hidden: Tensor, where: Where) -> Tensor:
+        """Lets a stage decide, and applies the decision to everything but the slots."""
+        assert run.report is not None
+        with run.report.watches.setdefault(str(stage.site), Stopwatch(hidden.device)):
+            features = [hidden[i.row, where(i, i.alive)] for i in run.images]
+            selections = run.memo.selections.get(number) if run.memo is not None else None
+            if selections is None:
+                selections = self._decide(run, stage, features, where)
+                if run.memo is not None:
+                    run.memo.selections[number] = selections
+        run.fired.add(number)
+        removed = []
+        merges = any(s.into is not None for s in selections)
+        if merges:
+            hidden = hidden.clone()
+        for image, selection, rows in zip(run.images, selections, features, strict=True):
+            index = selection.index[0]
+            kept = image.alive[index]
+            if merges:
+                hidden[image.row, where(image, kept)] = selection.apply(rows)
+            if len(kept) < len(image.alive):
+                removed.append((image.row, image.cols[_without(image.alive, index)]))
+            image.alive = kept
+            image.report.kept[str(stage.site)] = kept
+        if removed:
+            run.tokens.drop(removed, stage.positions == "dense")
+        return hidden
+
+    def _decide(self, run: Run, stage: Stage, features: Sequence[Tensor], where: Where) -> list[Selection]:
+        text = {s: self._text_attention(run, s) for s in stage.needs if s.kind == "text_attention"}
+
+        def signal(image: PromptImage, s: Signal) -> Tensor:
+            if s in text:
+                return text[s][image.row][:, where(image, image.alive)].transpose(0, 1)
+            return image.signal(s)
+
+        return decide(
+            stage,
+            [
+                Candidate(
+                    layout=i.encoding.layouts[i.number],
+                    index=i.alive,
+                    features=rows,
+                    signal=lambda s, i=i: signal(i, s),  # type: ignore[misc]
+                    seed=lambda i=i: i.encoding.seeds()[i.number],  # type: ignore[misc]
+                )
+                for i, rows in zip(run.images, features, strict=True)
+            ],
+        )
+
+    def _text_attention(self, run: Run, signal: Signal) -> Tensor:
+        """[B, H, n_slots] attention of every row's last token over the new slots of the current segment."""
+        tokens, segment = run.tokens, run.tokens.now
+        attention: Any = self.decoder.attention(signal.layer)
+        assert segment.tables is not None
+
+        def heads(name: str) -> Tensor:
+            x: Tensor = run.captured.pop((signal.layer, name)).unflatten(-1, (-1, attention.head_dim))
+            normed: Tensor = (
+                getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x
+            )
+            return normed.transpose(1, 2)
+
+        with torch.no_grad():
+            last = tokens.last_slot()
+            q = self.decoder.rotate(attention, heads("q"), *(gather_table(t, last) for t in segment.tables))
+            if tokens.cache is not None:
+                k: Tensor = tokens.cache.layers[signal.layer].keys
+            else:
+                k = self.decoder.rotate(attention, heads("k"), *segment.tables)
+            rows = ops.attention_rows(q, k, attention.scaling, segment.all_valid)[:, :, 0]
+        return rows[:, :, -segment.n_slots :]
+
+    # Reporting -------------------------------------------------------------------------------------------------
+
+    def _layer_reports(self, run: Run, cache: Any) -> list[LayerReport]:
+        tokens = run.tokens
+        text = list(tokens.counts)
+        for image in run.images:
+            text[image.row] -= len(image.alive)
+        reports = []
+        ends = [s.first_layer for s in tokens.segments[1:]] + [len(self.decoder.layers)]
+        for segment, end in zip(tokens.segments, ends, strict=True):
+            visual = [0] * tokens.batch
+            for image in run.images:
+                visual[image.row] += self._alive_at(image, segment.first_layer)
+            for layer in range(segment.first_layer, end):
+                size = 0
+                if cache is not None:
+                    held = cache.layers[layer]
+                    size = sum(x.numel() * x.element_size() for x in (held.keys, held.values))
+                total = [t + v for t, v in zip(text, visual, strict=True)]
+                reports.append(LayerReport(layer, total, list(visual), size))
+        return reports
+
+    def _alive_at(self, image: PromptImage, layer: int) -> int:
+        """Tokens of an image that were alive in a decoder layer."""
+        later = {
+            str(s.site) for _, s in self.stages if s.site.kind == "decoder" and (s.site.layer or 0) > layer
+        }
+        kept = [alive for site, alive in image.report.kept.items() if site not in later]
+        return len(kept[-1]) if kept else image.report.tokens_in
+
+
+def _without(values: Tensor, index: Tensor) -> Tensor:
+    """`values` [N] less the entries at `index` [K]."""
+    stays = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    stays[index] = False
+    return values[stays]

@@ -1,0 +1,233 @@
+"""The algebra of slots: what a pruned sequence looks like in every decoder layer.
+
+The sequence a layer sees is a list of slots. A *segment* is a run of decoder layers that hold the same slots;
+the first begins at layer 0, each decoder stage begins another. Hidden states, positions, masks and caches of a
+segment are all applications of one index from slots to the columns of the prompt as the caller knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune import ops
+from vtprune.engine.cache import CacheState, SegmentState, physical_length
+
+
+@dataclass
+class Segment:
+    """The new slots of one forward pass in the layers from `first_layer` to the next segment.
+
+    Attributes:
+        first_layer: first decoder layer.
+        n_slots: new slots per row, padding included.
+        col: [B, n_slots] prompt column of each new slot; None while nothing was removed.
+        valid: [B, n_slots] bool, None when no new slot is padding.
+        all_valid: [B, past + n_slots] bool or None, see `valid`.
+        shift: [B] positions taken off by dense renumbering, None for none.
+        tables: position embeddings of these slots, as layers take them.
+        mask: attention mask, as layers take it.
+        position_ids: for layers that hand them on to their attention.
+    """
+
+    first_layer: int
+    n_slots: int
+    col: Tensor | None
+    valid: Tensor | None
+    all_valid: Tensor | None
+    shift: Tensor | None
+    tables: tuple[Tensor, ...] | None = None
+    mask: Any = None
+    position_ids: Tensor | None = None
+
+
+@dataclass
+class TokenSequence:
+    """The new tokens of one forward pass of the language model, and what is left of them.
+
+    Attributes:
+        batch, length: rows and new tokens per row as the caller counts them.
+        device: where it lives.
+        cache: the key-value cache or None.
+        state: what a pruned cache knows before the pass.
+        history: slots of an unpruned cache before the pass.
+        past: length of the sequence before the pass, as the caller counts it.
+        new_valid: [B, length] bool from the caller's mask, None when it has no padding.
+        left: whether padding goes before the tokens.
+        counts: valid new tokens per row now (host).
+        alive: [B, length] bool, False for padding and removed tokens; None while nothing was removed.
+        renumbered: [B, length] bool, True for tokens removed by a stage that renumbers positions.
+        positions: position ids as they would be without pruning, [B, length] or [3 | 4, B, length].
+        segments: so far.
+    """
+
+    batch: int
+    length: int
+    device: torch.device
+    cache: Any
+    state: CacheState | None
+    history: SegmentState | None
+    past: int
+    new_valid: Tensor | None
+    left: bool
+    counts: list[int]
+    alive: Tensor | None = None
+    renumbered: Tensor | None = None
+    positions: Tensor | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, embeds: Tensor, mask: Tensor | None, cache: Any, state: CacheState | None) -> TokenSequence:
+        """Describes the new tokens of a pass.
+
+        Args:
+            embeds: [B, length, D].
+            mask: the caller's [B, past + length] mask or None. Reading it synchronises the device once.
+        """
+        batch, length = embeds.shape[:2]
+        new_valid: Tensor | None = None
+        left = True
+        counts = [length] * batch
+        if mask is not None:
+            new_valid = mask[:, -length:].to(device=embeds.device, dtype=torch.bool)
+            counts = new_valid.sum(1).tolist()
+            if min(counts) == length:
+                new_valid = None
+            else:
+                left = bool(new_valid[:, -1].all())
+        past = state.logical if state is not None else physical_length(cache, 0)
+        history: SegmentState | None = None
+        if state is None and past:
+            # A history of plain text, the same in all layers; its padding stands in the caller's mask only.
+            seen = None if mask is None else mask[:, :past].to(device=embeds.device, dtype=torch.bool)
+            history = SegmentState(0, past, None if seen is None or bool(seen.all()) else seen, None)
+        return cls(batch, length, embeds.device, cache, state, history, past, new_valid, left, counts)
+
+    @property
+    def now(self) -> Segment:
+        """The current segment."""
+        return self.segments[-1]
+
+    def set_positions(self, given: Tensor | None, mrope: bool) -> None:
+        """Remembers the caller's position ids, or makes the ones the model would have made."""
+        if given is None:
+            given = torch.arange(self.past, self.past + self.length, device=self.device).expand(
+                self.batch, -1
+            )
+            if mrope:
+                given = given.expand(3, self.batch, -1)
+        self.positions = given.expand(*given.shape[:-2], self.batch, -1)
+
+    def drop(self, removed: Sequence[tuple[int, Tensor]], renumber: bool) -> None:
+        """Marks tokens as removed.
+
+        Args:
+            removed: (row, columns [K]) pairs.
+            renumber: whether later tokens move up in their positions.
+        """
+        rows = torch.cat([torch.full_like(cols, row) for row, cols in removed])
+        cols = torch.cat([cols for _, cols in removed])
+        if self.alive is None:
+            ones = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+            self.alive = ones if self.new_valid is None else self.new_valid.clone()
+        self.alive[rows, cols] = False
+        for row, c in removed:
+            self.counts[row] -= len(c)
+        if renumber:
+            if self.renumbered is None:
+                self.renumbered = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
+            self.renumbered[rows, cols] = True
+
+    def begin_segment(self, layer: int) -> Segment:
+        """Starts a segment at a layer, from what is alive now."""
+        past = self.history
+        if self.state is not None:
+            past = next(s for s in self.state.segments if s.first_layer == layer)
+        shift = past.shift if past is not None else None
+        if self.renumbered is not None:
+            moved = self.renumbered.sum(1)
+            shift = moved if shift is None else shift + moved
+        col, valid, n_slots = None, self.new_valid, self.length
+        if self.alive is not None:
+            n_slots = max(self.counts)
+            col, valid = ops.compact(self.alive, n_slots, self.left)
+            if min(self.counts) == n_slots:
+                valid = None
+        all_valid = self._join(past, valid, n_slots)
+        segment = Segment(layer, n_slots, col, valid, all_valid, shift)
+        self.segments.append(segment)
+        return segment
+
+    def _join(self, past: SegmentState | None, valid: Tensor | None, n_slots: int) -> Tensor | None:
+        before = past.valid if past is not None else None
+        if before is None and valid is None:
+            return None
+
+        def real(n: int) -> Tensor:
+            return torch.ones(self.batch, n, dtype=torch.bool, device=self.device)
+
+        length = past.length if past is not None else 0
+        return torch.cat(
+            [real(length) if before is None else before, real(n_slots) if valid is None else valid], 1
+        )
+
+    def position_ids(self, segment: Segment) -> Tensor:
+        """Position ids of a segment's slots, [B, n_slots] or [3 | 4, B, n_slots]."""
+        assert self.positions is not None
+        positions, before = self.positions, segment.shift
+        if self.renumbered is not None and before is not None:
+            positions = positions - self.renumbered.cumsum(1)
+            before = before - self.renumbered.sum(1)
+        if before is not None:
+            positions = positions - before.unsqueeze(1)
+        if segment.col is None:
+            return positions
+        return gather_positions(positions, segment.col)
+
+    def slot_of(self, segment: Segment) -> Tensor:
+        """[B, length] slot of every prompt column in a segment; meaningless for removed columns."""
+        if segment.col is None:
+            return torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        slots = torch.arange(segment.n_slots, device=self.device).expand(self.batch, -1)
+        out = torch.zeros(self.batch, self.length + 1, dtype=torch.int64, device=self.device)
+        col = segment.col if segment.valid is None else segment.col.masked_fill(~segment.valid, self.length)
+        return out.scatter(1, col, slots)[:, :-1]
+
+    def last_slot(self) -> Tensor:
+        """[B, 1] slot of every row's last token in the current segment."""
+        if self.now.valid is None or self.left:
+            return torch.full((self.batch, 1), self.now.n_slots - 1, device=self.device)
+        return self.now.valid.sum(1, keepdim=True) - 1
+
+    def aligned(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, n_slots, D] at the caller's length: each column shows the last survivor up to it."""
+        if self.alive is None:
+            return hidden
+        rank = self.alive.cumsum(1) - 1
+        if self.left:
+            rank = rank + (self.now.n_slots - self.alive.sum(1, keepdim=True))
+        return ops.gather_tokens(hidden, rank.clamp(min=0))
+
+    def states(self, cache: Any) -> list[SegmentState]:
+        """What a cache has to know of the segments after the pass."""
+        return [
+            SegmentState(s.first_layer, physical_length(cache, s.first_layer), s.all_valid, s.shift)
+            for s in self.segments
+        ]
+
+
+def gather_positions(ids: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` [B, K] of position ids [..., B or 1, L]."""
+    lead = ids.shape[:-2]
+    return ids.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, -1, -1))
+
+
+def gather_table(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of a rotary table [..., B or 1, L, D]."""
+    lead = table.shape[:-3]
+    table = table.expand(*lead, len(index), -1, -1)
+    return table.gather(-2, index.unsqueeze(-1).expand(*lead, *index.shape, table.shape[-1]))
