@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from vtprune.engine.journal import Journal
 from vtprune.errors import AlreadyPatchedError, InvalidOptionError, UnsupportedMethodError, VTPruneError
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
-from vtprune.method import Method, ModelFacts, Signal, Stage, compose
+from vtprune.method import Method, ModelFacts, Signal, Site, Stage, compose
 from vtprune.report import ImageReport, Report
 
 _numbers = itertools.count(1)
@@ -152,7 +152,12 @@ def plan(method: Method, facts: ModelFacts) -> list[Stage]:
         UnsupportedMethodError: the model lacks a site or a signal; names methods that work there.
     """
     try:
-        stages = sorted(method.stages(facts), key=lambda s: s.site.order)
+        stages = [
+            # The input of layer 0 is the input of the language model.
+            replace(s, site=Site("projector")) if s.site == Site("decoder", 0) else s
+            for s in method.stages(facts)
+        ]
+        stages.sort(key=lambda s: s.site.order)
         for stage in stages:
             _check_stage(stage, facts)
     except UnsupportedMethodError as error:

@@ -146,7 +146,7 @@ class TokenSequence:
         """Starts a segment at a layer, from what is alive now."""
         past = self.history
         if self.state is not None:
-            past = next(s for s in self.state.segments if s.first_layer == layer)
+            past = self.state.segments[len(self.segments)]
         shift = past.shift if past is not None else None
         if self.renumbered is not None:
             moved = self.renumbered.sum(1)

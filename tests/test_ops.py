@@ -1,0 +1,89 @@
+"""Reference operations against slow loops."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtprune.kernels import reference
+from vtprune.ops import attention_rows, compact, merge_tokens, received_attention
+from vtprune.selection import Selection, merged
+
+deterministic = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+@deterministic
+@given(st.data())
+def test_compact_keeps_order_and_pads(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 12))
+    rows = data.draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4))
+    keep = torch.tensor(rows)
+    width = max(1, int(keep.sum(1).max())) + data.draw(st.integers(0, 2))
+    left = data.draw(st.booleans())
+    index, valid = compact(keep, width, left)
+    assert index.shape == valid.shape == (len(rows), width)
+    for row, i, v in zip(rows, index, valid, strict=True):
+        wanted = [j for j, kept in enumerate(row) if kept]
+        assert i[v].tolist() == wanted
+        padding = [False] * (width - len(wanted))
+        real = [True] * len(wanted)
+        assert v.tolist() == (padding + real if left else real + padding)
+        assert bool(((i >= 0) & (i < n)).all())
+
+
+@deterministic
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(0, 99))
+def test_merge_is_a_weighted_sum(b: int, n: int, slots: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(b, n, 3, generator=g), torch.randn(b, n, generator=g)
+    into = torch.randint(-1, slots, (b, n), generator=g)
+    expected = torch.zeros(b, slots, 3)
+    for i in range(b):
+        for j in range(n):
+            if into[i, j] >= 0:
+                expected[i, into[i, j]] += weight[i, j] * x[i, j]
+    torch.testing.assert_close(merge_tokens(x, into, weight, slots), expected)
+
+
+def test_attention_rows_with_grouped_heads_and_mask() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 3, 8, generator=g), torch.randn(2, 2, 5, 8, generator=g)
+    visible = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+    rows = attention_rows(q, k, 0.3, visible)
+    for b in range(2):
+        for h in range(4):
+            logits = 0.3 * q[b, h] @ k[b, h // 2].T
+            logits[:, ~visible[b]] = float("-inf")
+            torch.testing.assert_close(rows[b, h], logits.softmax(-1))
+
+
+def test_received_attention_is_the_column_mean() -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 3, 7, 4, generator=g), torch.randn(2, 3, 7, 4, generator=g)
+    full = (q @ k.transpose(-1, -2) * 0.5).softmax(-1)
+    torch.testing.assert_close(received_attention(q, k, 0.5, chunk=3), full.mean(2))
+    valid = torch.ones(2, 7, dtype=torch.bool)
+    valid[1, 5:] = False
+    short = (q[1:, :, :5] @ k[1:, :, :5].transpose(-1, -2) * 0.5).softmax(-1).mean(2)
+    padded = received_attention(q, k, 0.5, valid, chunk=3)
+    torch.testing.assert_close(padded[1:, :, :5], short)
+    assert bool((padded[1, :, 5:] == 0).all())
+
+
+def test_selection_ties_go_to_the_lower_index() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    assert Selection.topk(scores, 2).index[0].tolist() == [1, 2]
+
+
+def test_merged_points_every_token_at_its_slot() -> None:
+    selection = merged(torch.tensor([[4, 1]]), torch.tensor([[1, 1, -1, 4, 4]]), torch.tensor([[0.5, 1, 9, 0.25, 1]]))
+    x = torch.eye(5)
+    expected = torch.tensor([[0.5, 1, 0, 0, 0], [0, 0, 0, 0.25, 1]])
+    assert selection.index[0].tolist() == [1, 4]
+    assert torch.equal(selection.apply(x), expected)
+
+
+def test_gather_reference() -> None:
+    x = torch.arange(12.0).view(1, 4, 3)
+    assert torch.equal(reference.gather_tokens(x, torch.tensor([[2, 0]])), x[:, [2, 0]])
