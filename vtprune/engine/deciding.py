@@ -96,3 +96,11 @@ def _check(selection: object, stage: Stage, n_images: int, n_tokens: int) -> Non
     for index in selection.index:
         if len(index) == 0 or len(index) > n_tokens:
             raise VTPruneError(f"the decision at {stage.site} keeps {len(index)} of {n_tokens} tokens")
+        # Elsewhere than on CPU this would wait for the device; Selection's constructors sort anyway.
+        if index.device.type == "cpu" and (
+            int(index[0]) < 0 or int(index[-1]) >= n_tokens or not bool((index.diff() > 0).all())
+        ):
+            raise VTPruneError(
+                f"the decision at {stage.site} is not an ascending list of tokens 0 to {n_tokens - 1}: "
+                f"{index.tolist()}; build it with Selection.of, .topk or .where"
+            )

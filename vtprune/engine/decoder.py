@@ -15,7 +15,7 @@ from vtprune import ops
 from vtprune.engine.cache import CacheState, done, install, state_of, writing
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.encoder import EncoderEngine
-from vtprune.engine.journal import Journal
+from vtprune.engine.journal import Bound, Journal
 from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, open_frame
 from vtprune.engine.sequence import TokenSequence, gather_positions, gather_table
 from vtprune.errors import InertPruningError, UnsupportedCallError
@@ -49,7 +49,7 @@ class Run:
     fired: set[int] = field(default_factory=set)
 
 
-class DecoderEngine:
+class DecoderEngine(Bound):
     """Hooks of one patch on one language model.
 
     Args:
@@ -145,7 +145,9 @@ class DecoderEngine:
         assert embeds is not None
         run = Run(TokenSequence.open(embeds, kwargs.get("attention_mask"), cache, state))
         if frame is not None and frame.visual:
-            run.images, encodings = locate(frame, self.placeholders, self.encoder.history(), self.owner)
+            run.images, encodings = locate(
+                frame, self.placeholders, self.encoder.history(), self.owner, embeds.device
+            )
             run.report = self.new_report()
             run.report.n_samples = len(embeds)
             run.report.images = [i.report for i in run.images]

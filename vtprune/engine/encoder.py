@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine.deciding import Candidate, decide
-from vtprune.engine.journal import Journal
+from vtprune.engine.journal import Bound, Journal
 from vtprune.errors import UnsupportedCallError
 from vtprune.integrations.base import Encoding, VisionTower
 from vtprune.method import Signal, Stage
@@ -20,7 +20,7 @@ from vtprune.report import Stopwatch
 ATTRIBUTE = "_vtprune_encodings"
 
 
-class EncoderEngine:
+class EncoderEngine(Bound):
     """Hooks of one patch on one vision encoder.
 
     Args:
@@ -66,10 +66,10 @@ class EncoderEngine:
 
     def history(self, restart: bool = False) -> list[Encoding]:
         """Encoder runs of this thread since the last restart."""
-        if restart or not hasattr(self.local, "runs"):
-            self.local.runs = []
+        if restart:
             self.local.encoding = None
-        runs: list[Encoding] = self.local.runs
+            self.local.runs = []
+        runs: list[Encoding] = vars(self.local).setdefault("runs", [])
         return runs
 
     def watch(self, encoding: Encoding, site: str, device: torch.device) -> Stopwatch:

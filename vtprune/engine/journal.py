@@ -7,6 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from vtprune.errors import VTPruneError
+
+
+class Bound:
+    """Base of objects whose methods are hooks: they belong to one model and refuse to be copied with it."""
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise VTPruneError(
+            "a patched model cannot be deep-copied or pickled, its hooks belong to it alone; remove the patch, copy, "
+            "and patch the copy (state_dict() and save_pretrained() work on patched models)"
+        )
+
 
 class Journal:
     """Records hooks and instance attributes so that all of them can be undone in reverse order."""

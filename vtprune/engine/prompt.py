@@ -42,7 +42,7 @@ class PromptImage:
     def signal(self, signal: Signal) -> Tensor:
         """An encoder signal for the tokens alive now, token-first."""
         values, alive = self.encoding.signals[signal]
-        value, was = values[self.number], alive[self.number]
+        value, was = (x[self.number].to(self.alive.device) for x in (values, alive))
         return value if len(was) == len(self.alive) else value[torch.searchsorted(was, self.alive)]
 
 
@@ -145,7 +145,11 @@ def open_frame(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
 
 
 def locate(
-    frame: Frame, placeholders: Mapping[str, int], runs: Sequence[Encoding], owner: int
+    frame: Frame,
+    placeholders: Mapping[str, int],
+    runs: Sequence[Encoding],
+    owner: int,
+    device: torch.device,
 ) -> tuple[list[PromptImage], list[Encoding]]:
     """The images of a prompt, in row order, and the encoder runs they came from.
 
@@ -155,6 +159,7 @@ def locate(
         placeholders: modality -> id of its placeholder token.
         runs: encoder runs of this call, for features that were not computed beforehand.
         owner: number of the patch.
+        device: of the language model's input.
 
     Raises:
         UnsupportedCallError: placeholders and encoded images do not match.
@@ -170,13 +175,14 @@ def locate(
             continue
         encoding = _encoding_of(frame, modality, waiting, owner)
         encodings.append(encoding)
-        cols = where.nonzero()[:, 1].split(per_row)
+        cols = where.nonzero()[:, 1].to(device).split(per_row)
         for row, numbers in enumerate(assign(encoding, per_row, modality)):
             sizes = [encoding.layouts[n].n_tokens for n in numbers]
             for number, c in zip(numbers, cols[row].split(sizes), strict=True):
-                kept = {site: alive[number] for site, alive in encoding.kept.items()}
+                kept = {site: survivors[number] for site, survivors in encoding.kept.items()}
                 entry = ImageReport(row, encoding.layouts[number], kept)
-                images.append(PromptImage(row, c, encoding.alive[number], encoding, number, entry))
+                alive = encoding.alive[number].to(device)
+                images.append(PromptImage(row, c, alive, encoding, number, entry))
     if not images:
         raise UnsupportedCallError("pixel values were given, but the prompt holds no placeholder for them")
     images.sort(key=lambda i: i.row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from vtprune.errors import InvalidOptionError, UnknownMethodError, did_you_mean
 from vtprune.method import Method, Sequential
 from vtprune.methods.divprune import DivPrune as DivPrune
@@ -39,7 +41,7 @@ def create(name: str, **options: object) -> Method:
         InvalidOptionError: unknown, missing or out-of-range option.
     """
     cls = method_class(name)
-    known = list(cls.__dataclass_fields__)
+    known = [f.name for f in dataclasses.fields(cls)]
     for option in options:
         if option not in known:
             raise InvalidOptionError(
