@@ -412,6 +412,7 @@ class Decoder:
         rotate: (attention module, x [B, H, R, d], cos, sin at these rows) -> rotated x.
         causal_mask: (config, hidden [B, M, D], valid [B, L] or None, cache, layer) -> mask a layer expects.
         rotary: (hidden, position_ids) -> position embeddings.
+        reads_positions: whether attention now infers packed sequences from gaps in the position ids.
         mrope: whether position ids have several rows.
     """
 
@@ -422,6 +423,7 @@ class Decoder:
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     causal_mask: Callable[[Tensor, Tensor | None, Any, int], Any]
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    reads_positions: Callable[[], bool]
     mrope: bool = False
 
 

@@ -72,6 +72,7 @@ def decoder_of(module: nn.Module, name: str, mrope: bool = False) -> Decoder:
         rotate=rotate,
         causal_mask=causal_mask,
         rotary=rotary,
+        reads_positions=lambda: "flash" in (config._attn_implementation or ""),
         mrope=mrope,
     )
 

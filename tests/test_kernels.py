@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def gather(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def gather(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The Triton gather, with outputs poisoned by NaN so that a lane that is not written shows."""
     kernel = importlib.import_module("vtprune.kernels.gather")
     real = torch.empty
@@ -29,7 +29,7 @@ def gather(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(kernel.torch, "empty", poisoned)
-    yield kernel.gather_tokens
+    return kernel.gather_tokens
 
 
 def case(b: int, n: int, k: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

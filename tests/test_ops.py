@@ -77,7 +77,9 @@ def test_selection_ties_go_to_the_lower_index() -> None:
 
 
 def test_merged_points_every_token_at_its_slot() -> None:
-    selection = merged(torch.tensor([[4, 1]]), torch.tensor([[1, 1, -1, 4, 4]]), torch.tensor([[0.5, 1, 9, 0.25, 1]]))
+    selection = merged(
+        torch.tensor([[4, 1]]), torch.tensor([[1, 1, -1, 4, 4]]), torch.tensor([[0.5, 1, 9, 0.25, 1]])
+    )
     x = torch.eye(5)
     expected = torch.tensor([[0.5, 1, 0, 0, 0], [0, 0, 0, 0.25, 1]])
     assert selection.index[0].tolist() == [1, 4]

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"vtprune": "vtprune", "kernels": "vtprune/kernels", "integrations": "vtprune/integrations", "eval": "vtprune/eval"}
+SOURCES = {
+    "vtprune": "vtprune",
+    "kernels": "vtprune/kernels",
+    "integrations": "vtprune/integrations",
+    "eval": "vtprune/eval",
+}
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
 

@@ -14,13 +14,16 @@ VISION_START, VISION_END = 5, 6
 VOCABULARY = 64
 
 
-def tiny_llava(attention: str = "sdpa", tower: str = "clip", seed: int = 0, layers: int = 4) -> nn.Module:
-    """A random LLaVA: 32 px pictures, 8 px patches = 16 tokens, grouped-query Llama decoder.
+def tiny_llava(
+    attention: str = "sdpa", tower: str = "clip", seed: int = 0, layers: int = 4, patches: int = 4
+) -> nn.Module:
+    """A random LLaVA: 8 px patches, 4 x 4 tokens per picture by default, grouped-query Llama decoder.
 
     Args:
         attention: "sdpa" or "eager".
         tower: "clip" (with [CLS]) or "siglip" (without).
         layers: decoder layers.
+        patches: tokens along one side of a picture.
     """
     from transformers import (
         CLIPVisionConfig,
@@ -35,7 +38,7 @@ def tiny_llava(attention: str = "sdpa", tower: str = "clip", seed: int = 0, laye
         "intermediate_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 32,
+        "image_size": 8 * patches,
         "patch_size": 8,
     }
     vision = CLIPVisionConfig(**shape) if tower == "clip" else SiglipVisionConfig(**shape)
@@ -56,7 +59,7 @@ def tiny_llava(attention: str = "sdpa", tower: str = "clip", seed: int = 0, laye
         image_token_index=IMAGE_TOKEN,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
         vision_feature_layer=-2,
-        image_seq_length=16,
+        image_seq_length=patches**2,
     )
     return _finish(LlavaForConditionalGeneration, config, attention, seed)
 

@@ -94,6 +94,8 @@ class DecoderEngine(Bound):
             for name, projection in zip("qk", decoder.projections(decoder.attention(layer)), strict=True):
                 journal.hook(projection, self._capture(layer, name))
         first = min([*self.borders, *self.text_layers], default=len(decoder.layers))
+        if decoder.reads_positions():
+            first = 0
         for layer in range(first, len(decoder.layers)):
             journal.pre_hook(decoder.layers[layer], self._layer_hook(layer))
 
@@ -260,6 +262,9 @@ class DecoderEngine(Bound):
                     "position_embeddings": segment.tables,
                     "position_ids": segment.position_ids,
                 }
+            if self.decoder.reads_positions():
+                # Survivors have gaps in their positions, which would be read as borders of packed sequences.
+                kwargs = {**kwargs, "position_ids": None}
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}

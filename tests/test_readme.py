@@ -1,0 +1,23 @@
+"""The Python blocks of README run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import vtprune
+from vtprune.testing import llava_inputs, tiny_llava
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_python_blocks_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 3
+    # Budgets in README are for hundreds of tokens; a picture of 32 x 32 tokens has them.
+    model = tiny_llava(patches=32)
+    inputs = {**llava_inputs([[1, 10, "image", 11, 12]], n_tokens=1024, size=256), "max_new_tokens": 2}
+    namespace = {"model": model, "inputs": inputs, "vtprune": vtprune}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["patch"].report().engaged
