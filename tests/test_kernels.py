@@ -55,7 +55,8 @@ def test_gather_of_non_contiguous_inputs(gather) -> None:
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)  # features are not the last stride
     sliced = torch.cat([x, x], 1)[:, ::2]
     wide = index.repeat_interleave(2, 1)[:, ::2]
-    assert not strided.is_contiguous() and not wide.is_contiguous()
+    assert not strided.is_contiguous()
+    assert not wide.is_contiguous()
     assert torch.equal(gather(strided, wide), reference.gather_tokens(x, index))
     assert torch.equal(gather(sliced, wide), reference.gather_tokens(sliced, index))
 
