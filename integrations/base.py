@@ -282,9 +282,8 @@ class BatchedViT(VisionTower):
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
         n = encoding.layouts[0].n_tokens
         full = projected.new_zeros(len(projected), n, projected.shape[-1])
-        for row, source, alive in zip(full, projected, encoding.alive, strict=True):
-            row[alive] = source[: len(alive)]
-        return full
+        image = torch.cat([torch.full_like(alive, i) for i, alive in enumerate(encoding.alive)])
+        return full.index_put((image, torch.cat(encoding.alive)), torch.cat(self._rows(encoding, projected)))
 
 
 class PackedViT(VisionTower):
@@ -396,8 +395,7 @@ class PackedViT(VisionTower):
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
         full_order: Tensor = encoding.extra["full_order"]
         full = projected.new_zeros(len(full_order), projected.shape[-1])
-        full[encoding.extra["order"]] = projected
-        return full[full_order]
+        return full.index_put((encoding.extra["order"],), projected)[full_order]
 
 
 @dataclass
