@@ -52,7 +52,8 @@ class Signal:
 
     Kinds and the shape a View gives them, G images, H heads, N tokens at the site:
         cls_attention: [G, H, N] softmax attention of the [CLS] query in one ViT layer (keys include [CLS]).
-        received_attention: [G, H, N] mean over all queries of the attention that a token receives there.
+        received_attention: [G, H, N] mean over the layer's queries of the attention that a token receives there
+            (in a window-attention layer: over the queries of its window).
         encoder_keys: [G, N, d] head-mean keys of one ViT layer.
         text_attention: [G, H, N] softmax attention of the last prompt token in one decoder layer.
     """
@@ -188,7 +189,10 @@ def resolve_layer(layer: int | float, depth: int, name: str, first: int = 0) -> 
 
     Raises:
         InvalidOptionError: outside [first, depth).
+        UnsupportedMethodError: there are no such layers at all.
     """
+    if not depth:
+        raise UnsupportedMethodError("it has no language model to prune in.")
     index = round(layer * depth) if isinstance(layer, float) else layer + depth if layer < 0 else layer
     if (
         isinstance(layer, bool)

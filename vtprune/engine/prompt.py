@@ -151,7 +151,7 @@ def locate(
     owner: int,
     device: torch.device,
 ) -> tuple[list[PromptImage], list[Encoding]]:
-    """The images of a prompt, in row order, and the encoder runs they came from.
+    """The images of a prompt, in reading order, and the encoder runs they came from.
 
     Finding placeholders synchronises the device (their number is data).
 
@@ -185,7 +185,8 @@ def locate(
                 images.append(PromptImage(row, c, alive, encoding, number, entry))
     if not images:
         raise UnsupportedCallError("pixel values were given, but the prompt holds no placeholder for them")
-    images.sort(key=lambda i: i.row)
+    # Pictures and videos were found one kind after the other; only where both occur is their order not known yet.
+    images.sort(key=(lambda i: i.row) if len(encodings) < 2 else (lambda i: (i.row, int(i.cols[0]))))
     return images, encodings
 
 

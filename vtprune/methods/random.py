@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+from zlib import crc32
 
 import torch
 
@@ -38,10 +39,11 @@ class Random(Method):
 
     def decide(self, view: View) -> Selection:
         draws = [
+            # A checksum, since a CPU generator reads only 32 bits of its seed.
             torch.rand(
-                view.n_original[g], generator=torch.Generator().manual_seed((self.seed << 32) ^ image_seed)
+                n, generator=torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
             )
-            for g, image_seed in enumerate(view.image_seeds)
+            for n, image_seed in zip(view.n_original, view.image_seeds, strict=True)
         ]
         scores = torch.stack(draws).to(view.features.device).gather(1, view.index)
         return Selection.topk(scores, view.k)
