@@ -38,15 +38,12 @@ class Random(Method):
         return any_site(facts, self.where, self.layer)
 
     def decide(self, view: View) -> Selection:
-        draws = [
+        scores = []
+        for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
             # A checksum, since a CPU generator reads only 32 bits of its seed.
-            torch.rand(
-                n, generator=torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
-            )
-            for n, image_seed in zip(view.n_original, view.image_seeds, strict=True)
-        ]
-        scores = torch.stack(draws).to(view.features.device).gather(1, view.index)
-        return Selection.topk(scores, view.k)
+            generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
+            scores.append(torch.rand(n, generator=generator).to(index.device)[index])
+        return Selection.topk(torch.stack(scores), view.k)
 
 
 def any_site(
