@@ -1,0 +1,336 @@
+"""The command `vtprune`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import vtprune
+from vtprune.errors import VTPruneError
+
+from .accuracy import Outcome
+from .evaluation import BATCH_SIZE, Evaluation, Observer, evaluate
+from .prompts import EvaluationError, Prompter, load_model
+from .report_html import write_report
+from .results import PREDICTIONS, REPORT, RESULTS, JsonLines, Row, output_folder
+from .settings import CONTROLS, Setting, parse_method, plan_settings
+from .show import open_picture, show
+from .tables import accuracy_table, cost_table
+from .world import KINDS, SPLITS, Example, examples, reference_dir
+
+MAIN_SPLIT, SIDE_SPLIT = "test", "unseen_style"
+LIMIT = 60
+SIDE_SHARE = 3  # the side split asks a third of the questions
+
+EXAMPLES = """\
+examples:
+  vtprune eval                                   every method on the shipped reference model, a few minutes
+  vtprune eval --method vtc-cls --keep 32        one method, one budget
+  vtprune eval --model llava-hf/llava-1.5-7b-hf --device cuda --keep 192 --keep 64
+  vtprune show cat.png "what is in the picture?" --method vtc-cls --keep 16 --output kept.png
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program name; None for those of the process.
+
+    Returns:
+        Exit code: 0, 2 for errors the user can mend, 130 when interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except (VTPruneError, ValueError, OSError) as error:
+        if not isinstance(error, VTPruneError) and os.environ.get("VTPRUNE_TRACEBACK"):
+            raise
+        print("vtprune: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vtprune: interrupted", file=sys.stderr)
+        return 130
+
+
+def _keep(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no budget; give an int (tokens per picture) or a ratio such as 0.25"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vtprune",
+        description="Removes visual tokens from vision-language models, and measures what that does to answers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vtprune {vtprune.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", help="checkpoint folder or hub id (default: the shipped reference LLaVA)")
+    model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto (default): float32 on CPU, the checkpoint's own elsewhere",
+    )
+
+    one = commands.add_parser(
+        "eval",
+        parents=[model],
+        help="compare methods by accuracy, tokens, FLOPs and time",
+        description="Asks a model questions about held-out synthetic pictures, once for every method and budget, and "
+        "writes results.jsonl, predictions.jsonl and report.html.",
+    )
+    one.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help=f"method or control ({', '.join(CONTROLS)}); repeatable; default: all. The dense model always runs",
+    )
+    one.add_argument(
+        "--keep",
+        action="append",
+        type=_keep,
+        metavar="N",
+        help="budget: int = tokens per picture, float = ratio; repeatable; default: 1/3, 2/9 and 1/9 of the tokens",
+    )
+    one.add_argument("--task", action="append", choices=KINDS, help="question kind; repeatable; default: all")
+    one.add_argument(
+        "--split",
+        action="append",
+        choices=SPLITS,
+        help=f"part of the picture world; repeatable; default: {MAIN_SPLIT}, and {SIDE_SPLIT} with a third of the "
+        "questions",
+    )
+    one.add_argument("--limit", type=int, default=LIMIT, help=f"questions per kind (default {LIMIT})")
+    one.add_argument("--seed", type=int, default=0, help="which held-out scenes, 0 to 1000 (default 0)")
+    one.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"default {BATCH_SIZE}")
+    one.add_argument(
+        "--output",
+        type=Path,
+        default=Path("vtprune-eval"),
+        help="folder for the results (default vtprune-eval/; if it is in use, vtprune-eval-2/ and so on)",
+    )
+    one.add_argument("--overwrite", action="store_true", help="replace earlier results in the output folder")
+    one.set_defaults(run=_eval)
+
+    two = commands.add_parser(
+        "show",
+        parents=[model],
+        help="draw what a method keeps of one picture",
+        description="Draws the tokens that a method keeps of a picture, and answers a question with and without it.",
+    )
+    two.add_argument("image", type=Path, help="any picture file")
+    two.add_argument("question", help="what to ask about it")
+    two.add_argument("--method", default="vtc-cls", metavar="NAME[:OPTION=VALUE,...]", help="default vtc-cls")
+    two.add_argument("--keep", type=_keep, default=0.25, help="budget: int or ratio (default 0.25)")
+    two.add_argument("--output", type=Path, default=Path("kept.png"), help="PNG to write (default kept.png)")
+    two.set_defaults(run=_show)
+
+    commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
+    commands.add_parser("models", help="list supported model families").set_defaults(run=_models)
+    return parser
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if arguments.model is None:
+        try:
+            path = str(reference_dir("llava"))
+        except FileNotFoundError as error:
+            raise EvaluationError(str(error)) from None
+        name = "vtprune reference LLaVA"
+    else:
+        path = name = arguments.model
+    model, processor = load_model(path, arguments.device, arguments.dtype)
+    return model, processor, name
+
+
+class _Terminal(Observer):
+    """Shows progress and writes rows and predictions as they come."""
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self.progress = progress
+        self.results, self.predictions = JsonLines(folder / RESULTS), JsonLines(folder / PREDICTIONS)
+        self.task: TaskID | None = None
+
+    def start(self, title: str, steps: int) -> None:
+        self.task = self.progress.add_task(title, total=steps, note="")
+
+    def step(self, steps: int, note: str) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, advance=steps, note=note)
+
+    def rows(self, rows: list[Row], examples: Sequence[Example], outcome: Outcome) -> None:
+        self.results.add([row.to_dict() for row in rows])
+        row = rows[0]
+        self.predictions.add(
+            [
+                {
+                    "split": row.split,
+                    "method": row.method,
+                    "options": row.options,
+                    "keep": row.keep,
+                    "task": example.kind,
+                    "scene_seed": example.scene_seed,
+                    "question": example.question,
+                    "answer": example.answer,
+                    "prediction": outcome.texts[number],
+                    "correct": outcome.correct[number],
+                    "error": outcome.errors.get(number),
+                }
+                for number, example in enumerate(examples)
+            ]
+        )
+
+    def skip(self, setting: Setting, reason: str) -> None:
+        keep = "" if setting.keep is None else f" keep={setting.keep}"
+        self.progress.console.print(f"skipped {setting.label}{keep}: {reason}", markup=False, style="yellow")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.limit < 1 or arguments.batch_size < 1:
+        raise EvaluationError("--limit and --batch-size must be at least 1.")
+    for method in arguments.method or ():
+        parse_method(method)
+    started = time.perf_counter()
+    console, progress_console = _console(), _console(stderr=True)
+    model, processor, name = _load(arguments)
+    questions = _questions(arguments)
+    prompter = Prompter(model, processor)
+    few = questions[:3]
+    tokens = prompter.tokens(prompter.inputs([e.image for e in few], [e.question for e in few]))
+    settings = plan_settings(arguments.method, arguments.keep, tokens)
+    folder = output_folder(arguments.output, arguments.overwrite)
+    counts = ", ".join(
+        f"{sum(e.split == split for e in questions)} on {split}"
+        for split in dict.fromkeys(e.split for e in questions)
+    )
+    console.print(
+        f"{name}: {len(settings)} settings, questions: {counts}, seed {arguments.seed}, batch size "
+        f"{arguments.batch_size}; results in {folder}/",
+        markup=False,
+        highlight=False,
+    )
+    result = Evaluation(name)
+    interrupted = False
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=progress_console) as progress:
+        try:
+            evaluate(
+                model,
+                processor,
+                questions,
+                settings,
+                name=name,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+                observer=_Terminal(progress, folder),
+                into=result,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    if result.rows:
+        for split in dict.fromkeys(row.split for row in result.rows):
+            console.print(accuracy_table(result.rows, split))
+        console.print(cost_table(result.rows))
+        for note in result.notes:
+            console.print(note, markup=False, highlight=False)
+        for setting, reason in result.skipped.items():
+            console.print(f"not run: {setting.label}: {reason}", markup=False, highlight=False)
+        write_report(folder / REPORT, result)
+    console.print(
+        f"{'interrupted' if interrupted else 'finished'} after {time.perf_counter() - started:.0f} s; "
+        f"rows in {folder / RESULTS}" + (f", report in {folder / REPORT}" if result.rows else ""),
+        markup=False,
+        highlight=False,
+    )
+    return 130 if interrupted else 0
+
+
+def _questions(arguments: argparse.Namespace) -> list[Example]:
+    wanted = arguments.split or [MAIN_SPLIT, SIDE_SPLIT]
+    kinds = arguments.task or KINDS
+    out = []
+    for split in dict.fromkeys(wanted):
+        limit = arguments.limit
+        if arguments.split is None and split == SIDE_SPLIT:
+            limit = max(1, limit // SIDE_SHARE)
+        out += [e for e in examples(split, limit, arguments.seed) if e.kind in kinds]
+    return out
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    method, options = parse_method(arguments.method)
+    image = open_picture(arguments.image)
+    model, processor, _ = _load(arguments)
+    keep = options.pop("keep", arguments.keep)
+    setting = Setting(method, keep, tuple(options.items()))
+    drawing, text = show(model, processor, image, arguments.question, setting)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(arguments.output, format="PNG")
+    print(text)
+    print(f"\ndrawn in {arguments.output}")
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    table = Table("method", "what it does", "options and defaults")
+    for key in vtprune.list_methods():
+        cls = vtprune.methods.method_class(key)
+        options = [
+            f"{f.name}" if f.default is dataclasses.MISSING else f"{f.name}={f.default}"
+            for f in dataclasses.fields(cls)
+        ]
+        table.add_row(key, _first_sentence(cls.__doc__ or ""), ", ".join(options))
+    _console().print(table)
+    return 0
+
+
+def _first_sentence(doc: str) -> str:
+    return " ".join(doc.strip().split("\n\n")[0].split())
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    table = Table("family", "model", "classes", "library", "kind")
+    for model in vtprune.list_models():
+        table.add_row(model.name, model.title, "\n".join(model.classes), model.library, model.kind)
+    _console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

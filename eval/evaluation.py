@@ -1,0 +1,233 @@
+"""The comparison as a whole: costs of all settings, then accuracy setting by setting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vtprune.errors import VTPruneError
+
+from .accuracy import Outcome, ask, make_batches
+from .prompts import EvaluationError, Prompter
+from .results import ALL, Row, command_line, device_name, mean_and_stderr, retained, versions
+from .settings import DENSE, Setting
+from .speed import ROUNDS, Cost, measure
+from .world import Example
+
+SAMPLES_PER_KIND = 2
+BATCH_SIZE = 60
+
+
+class Observer:
+    """Told of progress; all methods may be overridden."""
+
+    def start(self, title: str, steps: int) -> None:
+        """A phase of so many steps begins."""
+
+    def step(self, steps: int, note: str) -> None:
+        """So many steps are done; `note` says what is going on."""
+
+    def rows(self, rows: list[Row], examples: Sequence[Example], outcome: Outcome) -> None:
+        """One setting has been evaluated on one split."""
+
+    def skip(self, setting: Setting, reason: str) -> None:
+        """A setting cannot run on this model."""
+
+
+@dataclass
+class Evaluation:
+    """Results of a comparison.
+
+    Attributes:
+        model: its name.
+        rows: one per split, setting and task.
+        examples: questions per split.
+        outcomes: answers per split and setting.
+        costs: cost per setting.
+        skipped: setting -> reason why it was not run.
+        notes: anything a reader of the numbers must know.
+    """
+
+    model: str
+    rows: list[Row] = field(default_factory=list)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    outcomes: dict[tuple[str, Setting], Outcome] = field(default_factory=dict)
+    costs: dict[Setting, Cost] = field(default_factory=dict)
+    skipped: dict[Setting, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def samples(self, split: str) -> list[int]:
+        """Numbers of the first few examples of every kind: those shown in the report, not picked by hand."""
+        return sample_numbers(self.examples[split])
+
+
+def sample_numbers(examples: Sequence[Example], per_kind: int = SAMPLES_PER_KIND) -> list[int]:
+    """Numbers of the first `per_kind` examples of every kind."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for number, example in enumerate(examples):
+        seen[example.kind] = seen.get(example.kind, 0) + 1
+        if seen[example.kind] <= per_kind:
+            numbers.append(number)
+    return numbers
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    examples: Sequence[Example],
+    settings: Sequence[Setting],
+    *,
+    name: str = "",
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    rounds: int = ROUNDS,
+    observer: Observer | None = None,
+    into: Evaluation | None = None,
+) -> Evaluation:
+    """Evaluates settings on questions.
+
+    Costs are measured once, on the first question, and stand in the rows of all splits and tasks.
+
+    Args:
+        model: an unpatched model.
+        processor: its processor.
+        examples: questions of one split or several.
+        settings: what to compare; the dense model is added in front if it is missing.
+        name: model name for the rows.
+        seed: written to the rows.
+        batch_size: questions per call of `generate`.
+        rounds: timings per setting.
+        observer: told of progress and of every finished setting.
+        into: filled and returned, so that a caller who interrupts the run has what is done.
+
+    Raises:
+        EvaluationError: no examples, or the dense model itself fails.
+    """
+    if not examples:
+        raise EvaluationError("there are no questions to ask; raise the limit.")
+    observer = observer or Observer()
+    result = into if into is not None else Evaluation(name)
+    settings = list(dict.fromkeys([Setting(DENSE), *settings]))
+    prompter = Prompter(model, processor)
+    for example in examples:
+        result.examples.setdefault(example.split, []).append(example)
+
+    observer.start("costs", len(settings) * (1 + rounds))
+    representative = prompter.inputs([examples[0].image], [examples[0].question])
+    costs, skipped = measure(
+        model, representative, settings, rounds, lambda setting: observer.step(1, _name(setting))
+    )
+    result.costs.update(costs)
+    for setting, reason in skipped.items():
+        _skip(result, observer, setting, reason)
+
+    provenance = {
+        "seed": seed,
+        "versions": versions(),
+        "device": device_name(str(next(model.parameters()).device)),
+        "command": command_line(),
+    }
+    runs = sum(setting.runs for setting in settings if setting in costs)
+    observer.start("accuracy", len(examples) * runs)
+    for split, chosen in result.examples.items():
+        batches = make_batches(prompter, chosen, batch_size)
+        dense: dict[str, float] = {}
+        for setting in settings:
+            if setting in result.skipped:
+                continue
+            label = f"{_name(setting)} on {split}"
+            observer.step(0, label)
+            try:
+                outcome = ask(
+                    model,
+                    prompter,
+                    chosen,
+                    batches,
+                    setting,
+                    sample_numbers(chosen),
+                    lambda count, label=label: observer.step(count, label),  # type: ignore[misc]
+                )
+            except VTPruneError as error:
+                _skip(result, observer, setting, str(error))
+                observer.step(len(chosen) * setting.runs, label)
+                continue
+            result.outcomes[split, setting] = outcome
+            tasks = _by_task(chosen, outcome)
+            if setting.method == DENSE:
+                dense = {task: mean_and_stderr(values)[0] for task, values in tasks.items()}
+            rows = [
+                _row(result.model, setting, costs[setting], task, values, dense[task], provenance, split)
+                for task, values in tasks.items()
+            ]
+            result.rows += rows
+            observer.rows(rows, chosen, outcome)
+            result.notes += _check(split, setting, outcome, result)
+    return result
+
+
+def _name(setting: Setting) -> str:
+    return setting.label if setting.keep is None else f"{setting.label} keep={setting.keep}"
+
+
+def _skip(result: Evaluation, observer: Observer, setting: Setting, reason: str) -> None:
+    if setting.method == DENSE:
+        raise EvaluationError(f"the unpatched model fails on these questions: {reason}")
+    result.skipped[setting] = reason
+    observer.skip(setting, reason)
+
+
+def _by_task(examples: Sequence[Example], outcome: Outcome) -> dict[str, list[float]]:
+    tasks: dict[str, list[float]] = {ALL: list(outcome.correct)}
+    for example, correct in zip(examples, outcome.correct, strict=True):
+        tasks.setdefault(example.kind, []).append(correct)
+    return tasks
+
+
+def _row(
+    model: str,
+    setting: Setting,
+    cost: Cost,
+    task: str,
+    values: Sequence[float],
+    dense: float,
+    provenance: dict[str, Any],
+    split: str,
+) -> Row:
+    accuracy, stderr = mean_and_stderr(values)
+    return Row(
+        model=model,
+        method=setting.method,
+        options=setting.all_options,
+        keep=setting.keep,
+        task=task,
+        n=len(values),
+        accuracy=accuracy,
+        stderr=stderr,
+        retained=retained(accuracy, dense),
+        split=split,
+        **dataclasses.asdict(cost),
+        **provenance,
+    )
+
+
+def _check(split: str, setting: Setting, outcome: Outcome, result: Evaluation) -> list[str]:
+    notes = []
+    if outcome.errors:
+        reason = next(iter(outcome.errors.values()))
+        notes.append(
+            f"{_name(setting)} on {split}: {len(outcome.errors)} questions failed and count as wrong; first: {reason}"
+        )
+    if setting.method == "keep-all":
+        dense = result.outcomes[split, Setting(DENSE)].texts
+        differ = sum(a != b for a, b in zip(dense, outcome.texts, strict=True))
+        notes.append(
+            f"control on {split}: keep-all gives the same {len(dense)} answers as the dense model"
+            if differ == 0
+            else f"CONTROL FAILED on {split}: keep-all differs from the dense model in {differ} of {len(dense)} answers"
+        )
+    return notes
