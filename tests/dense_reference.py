@@ -290,6 +290,14 @@ class Reference:
 
     # ------------------------------------------------------------------ the language model
 
+    def look(
+        self, row: Inputs, kept: Sequence[Mapping[str, Any]], merge: Merge | None = None
+    ) -> list[tuple[Frame, Tensor, list[int]]]:
+        """Pictures of a row with the features that reach the language model."""
+        frames = self.frames(row)
+        assert len(frames) == len(kept), "the report lists another number of pictures"
+        return [(f, *self.frame_features(f, sites, merge)) for f, sites in zip(frames, kept, strict=True)]
+
     def row_logits(
         self,
         row: Inputs,
@@ -297,6 +305,7 @@ class Reference:
         dense_sites: Sequence[str] = (),
         merge: Merge | None = None,
         more: Sequence[int] = (),
+        seen: Sequence[tuple[Frame, Tensor, list[int]]] | None = None,
     ) -> Tensor:
         """Logits [n, V] that the columns of one row must show.
 
@@ -306,16 +315,15 @@ class Reference:
             dense_sites: sites whose survivors are renumbered.
             merge: recomputes merged features at the encoder.
             more: text tokens that continue the row.
+            seen: what :meth:`look` returned, if it was called already.
         """
         ids = torch.cat([row["input_ids"][0], torch.tensor(list(more), dtype=torch.long)])
         n = len(ids)
-        frames = self.frames(row)
-        assert len(frames) == len(kept), "the report lists another number of pictures"
+        seen = self.look(row, kept, merge) if seen is None else seen
         embeds = self.decoder.embed_tokens(ids)
         vectors = list(embeds.unbind(0))
         gone: dict[int, str] = {}  # column -> site at which it vanishes
-        for frame, sites in zip(frames, kept, strict=True):
-            features, alive = self.frame_features(frame, sites, merge)
+        for (frame, features, alive), sites in zip(seen, kept, strict=True):
             for vector, i in zip(features, alive, strict=True):
                 vectors[frame.columns[i]] = vector
             living = set(range(frame.n))
@@ -372,8 +380,9 @@ class Reference:
         text = list(start)
         banned = list(self.model.generation_config.suppress_tokens or [])
         with torch.no_grad():
+            seen = self.look(row, how["kept"], how.get("merge"))
             for _ in range(steps):
-                scores = self.row_logits(row, more=text, **how)[-1].clone()
+                scores = self.row_logits(row, more=text, seen=seen, **how)[-1].clone()
                 scores[banned] = -float("inf")
                 text.append(int(scores.argmax()))
         return text[len(start) :]

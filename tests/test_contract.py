@@ -369,6 +369,26 @@ def test_other_layers(family: str, where: str, layer: int) -> None:
         assert_logits(judge(family), inputs, model(**inputs).logits, patch.report())
 
 
+@torch.no_grad()
+def test_report_lists_pictures_in_reading_order() -> None:
+    """Also where a video stands before a picture, whose features the model computes first."""
+    with patched(subject("qwen"), "stride", keep=5) as patch:
+        subject("qwen")(**qwen_inputs([[1, 10, (4, 6), 11], [1, (2, 3, 4), 31, (4, 4), (3, 2, 2), 33]]))
+        grids = [
+            (i.sample, i.layout.modality, i.layout.rows, i.layout.cols, i.layout.time)
+            for i in patch.report().images
+        ]
+    assert grids == [
+        (0, "image", 4, 6, 0),
+        (1, "video", 3, 4, 0),
+        (1, "video", 3, 4, 1),
+        (1, "image", 4, 4, 0),
+        (1, "video", 2, 2, 0),
+        (1, "video", 2, 2, 1),
+        (1, "video", 2, 2, 2),
+    ]
+
+
 @pytest.mark.parametrize("contextual", [0.0, 0.4, 0.8])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
