@@ -68,7 +68,9 @@ def integrate(model: nn.Module) -> Integration:
         mask_argument="attn_mask",
         accepts_ragged=accepts_ragged,
         entry=model.get_submodule("patch_embed"),
-        refuses={"forward_intermediates": "it reshapes tokens into a full grid; use forward_features()"},
+        refuses={
+            "forward_intermediates": "intermediate features are reshaped into a full grid, which pruned tokens are not; use forward_features()"
+        },
     )
     layers = frozenset(range(len(blocks)))
     signals = {"received_attention": layers, "encoder_keys": layers}

@@ -21,6 +21,9 @@ from vtprune.integrations.base import Encoding, Integration
 from vtprune.method import Method, ModelFacts, Signal, Site, Stage, compose
 from vtprune.report import ImageReport, Report
 
+# The step of generate() with which every kind of speculative decoding begins.
+SPECULATION = "_get_candidate_generator"
+
 _numbers = itertools.count(1)
 _patches: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -45,12 +48,12 @@ class Patch:
         self._report: Report | None = None
         self._number = next(_numbers)
         try:
-            self._attach(integration)
+            self._attach(model, integration)
         except BaseException:
             self._journal.revert()
             raise
 
-    def _attach(self, integration: Integration) -> None:
+    def _attach(self, model: nn.Module, integration: Integration) -> None:
         vision = [s for s in self.stages if s.site.kind in ("vit", "encoder")]
         signals: dict[Signal, str] = {}
         for stage in self.stages:
@@ -76,6 +79,15 @@ class Patch:
                 self._new_report,
                 self._publish,
             ).attach(self._journal)
+        reads_text = any(s.kind == "text_attention" for stage in self.stages for s in stage.needs)
+        if reads_text and hasattr(model, SPECULATION):
+            self._journal.refuse(
+                model,
+                SPECULATION,
+                "speculative decoding puts draft tokens behind the prompt before the prefill, so the last prompt token "
+                f"that {self.method.key!r} asks cannot be told from a draft; use a method that does not read the text, "
+                "or generate without assistant model and prompt lookup",
+            )
 
     def _new_report(self) -> Report:
         return Report(
@@ -93,7 +105,7 @@ class Patch:
             for stage in self.stages
             if isinstance(stage.keep, int) and stage.keep > image.tokens_in
         }
-        report.notes = sorted(notes)
+        report.notes = sorted({*report.notes, *notes})
         self._report = report
 
     def _encoder_finished(self, encoding: Encoding) -> None:

@@ -43,12 +43,24 @@ class CacheState:
         logical: sequence length as the caller counts it, pruned tokens included.
         segments: from the first layer to the last.
         report: the report that further decoding steps are counted in.
+        pruned: [B, L] bool, False for removed tokens and padding, of the last pass that removed any.
+        since: tokens added since that pass.
     """
 
     owner: int
     logical: int
     segments: list[SegmentState]
     report: Any
+    pruned: Tensor | None
+    since: int
+
+    @property
+    def croppable(self) -> int:
+        """How many tokens can be cut off the end before a removed one is met."""
+        if self.pruned is None:
+            return self.logical
+        whole = self.pruned.all(0).flip(0).long()
+        return self.since + int(whole.cumprod(0).sum())
 
 
 _writer: ContextVar[CacheState | None] = ContextVar("vtprune_cache_writer", default=None)
@@ -99,15 +111,19 @@ class PrunedDynamicCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (never reaching back to pruned ones)."""
-        n = abs(tokens_to_remove)
+        n, state = abs(tokens_to_remove), self.vtprune
         if tokens_to_remove > 0:
             raise UnsupportedCallError("crop() of a pruned cache takes a negative number of tokens to remove")
-        if n > min(segment.length for segment in self.vtprune.segments):
+        if n > state.since and n > state.croppable:
             raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would reach back beyond the tokens that were kept"
+                f"crop({tokens_to_remove}) of a pruned cache would reach back to tokens that were removed; at most "
+                f"{state.croppable} can be cut off its end"
             )
         super().crop(tokens_to_remove)
-        self.vtprune.logical -= n
+        state.logical -= n
+        if n > state.since and state.pruned is not None:
+            state.pruned = state.pruned[:, : state.pruned.shape[1] - (n - state.since)]
+        state.since = max(0, state.since - n)
         for segment in self.vtprune.segments:
             segment.length -= n
             if segment.valid is not None and n:

@@ -132,7 +132,7 @@ class DecoderEngine(Bound):
             frame.seen = True
         elif state is None:
             if frame is not None:
-                self.publish(self.new_report())
+                self.publish(self._without_pictures(frame))
             return None
         if state is not None and state.owner != self.owner:
             raise UnsupportedCallError(
@@ -162,6 +162,17 @@ class DecoderEngine(Bound):
         self.local.run = run
         self.local.token = writing(state)
         return args, kwargs
+
+    def _without_pictures(self, frame: Frame) -> Report:
+        report = self.new_report()
+        # One token per row is decoding, where reading the ids would only wait for the device.
+        if frame.ids is not None and frame.ids.shape[1] > 1:
+            for modality, token in self.placeholders.items():
+                if bool((frame.ids == token).any()):
+                    report.notes.append(
+                        f"the prompt holds {modality} placeholders, but the call held no {modality}"
+                    )
+        return report
 
     def _input(self, run: Run, embeds: Tensor) -> dict[str, Any]:
         """Arguments of the language model after all stages before its first layer."""
@@ -224,7 +235,7 @@ class DecoderEngine(Bound):
         if report is not None:
             self.publish(report)
         if cache is not None:
-            install(cache, CacheState(self.owner, tokens.past + tokens.length, tokens.states(cache), report))
+            install(cache, tokens.cache_state(cache, self.owner, report))
 
     # Decoder layers --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.journal import Bound, Journal
-from vtprune.errors import UnsupportedCallError
 from vtprune.integrations.base import Encoding, VisionTower
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
@@ -62,7 +61,7 @@ class EncoderEngine(Bound):
         if self.finish is not None and tower.projector is not None:
             journal.hook(tower.projector, self._finish)
         for name, reason in tower.refuses.items():
-            journal.attribute(tower.module, name, _refusal(name, reason))
+            journal.refuse(tower.module, name, reason)
 
     def history(self, restart: bool = False) -> list[Encoding]:
         """Encoder runs of this thread since the last restart."""
@@ -169,10 +168,3 @@ class EncoderEngine(Bound):
         self.history(restart=True)
         if encoding is not None and self.finish is not None:
             self.finish(encoding)
-
-
-def _refusal(name: str, reason: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedCallError(f"{name}() of a patched model is not supported: {reason}")
-
-    return refuse

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vtprune.errors import VTPruneError
+from vtprune.errors import UnsupportedCallError, VTPruneError
 
 
 class Bound:
@@ -50,6 +50,16 @@ class Journal:
 
         self._undo.append(undo)
         setattr(owner, name, value)
+
+    def refuse(self, owner: object, name: str, reason: str) -> None:
+        """Shadows a method of one object by one that raises UnsupportedCallError."""
+
+        def refusal(*args: Any, **kwargs: Any) -> Any:
+            raise UnsupportedCallError(
+                f"{reason} ({type(owner).__name__}.{name} was called on a patched model)"
+            )
+
+        self.attribute(owner, name, refusal)
 
     def revert(self) -> None:
         """Undoes everything, last change first. Safe to call twice."""

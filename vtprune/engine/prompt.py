@@ -140,7 +140,9 @@ def open_frame(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
                 "torch.compile cannot trace a patched model (token counts are data); compile the unpatched model, or "
                 "call the patched one eagerly"
             )
-    key = next(iter(features.values())).pooler_output[0] if features else pixels[0] if pixels else None
+    key: Tensor | None = None
+    if visual:
+        key = next(iter(features.values())).pooler_output[0] if features else pixels[0]
     return Frame(ids, features, visual, key)
 
 

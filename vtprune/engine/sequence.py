@@ -212,12 +212,16 @@ class TokenSequence:
             rank = rank + (self.now.n_slots - self.alive.sum(1, keepdim=True))
         return ops.gather_tokens(hidden, rank.clamp(min=0))
 
-    def states(self, cache: Any) -> list[SegmentState]:
-        """What a cache has to know of the segments after the pass."""
-        return [
+    def cache_state(self, cache: Any, owner: int, report: Any) -> CacheState:
+        """What a cache has to know after the pass."""
+        segments = [
             SegmentState(s.first_layer, physical_length(cache, s.first_layer), s.all_valid, s.shift)
             for s in self.segments
         ]
+        pruned, since = self.alive, 0
+        if pruned is None and self.state is not None:
+            pruned, since = self.state.pruned, self.state.since + self.length
+        return CacheState(owner, self.past + self.length, segments, report, pruned, since)
 
 
 def gather_positions(ids: Tensor, index: Tensor) -> Tensor:
