@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune import ops
-from vtprune.engine.cache import CacheState, done, install, state_of, writing
+from vtprune.engine.cache import done, install, state_of, writing
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.encoder import EncoderEngine
 from vtprune.engine.journal import Bound, Journal
