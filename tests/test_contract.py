@@ -990,32 +990,67 @@ def test_returning_everything_is_inert(site: vtprune.Site) -> None:
             subject(family)(**batch(family))
 
 
-@pytest.mark.parametrize("method", ["vtc-cls", "fastv", "stride", "divprune"])
-@pytest.mark.parametrize("part", ["decoder", "layers", "vision", "projector"])
-@torch.no_grad()
-def test_lost_hooks_are_noticed(method: str, part: str) -> None:
-    """Somebody clears hook dicts by hand: the next call must not be silently unpruned or wrong."""
-    model, inputs = build("clip"), batch("clip")
-    patch = vtprune.patch(model, method, keep=5)
-    language = model.model.language_model
-    roots = {
-        "decoder": list(language.modules()),
-        "layers": list(language.layers.modules()),
-        "vision": list(model.model.vision_tower.modules()),
-        "projector": list(model.model.multi_modal_projector.modules()),
-    }[part]
+def clear_hooks(module: nn.Module) -> int:
+    """Forgets all forward hooks of a module, as foreign code might; returns how many there were."""
     lost = 0
-    for module in roots:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            lost += len(hooks)
-            hooks.clear()
-    error: Any = vtprune.InertPruningError if part in ("decoder", "layers") else vtprune.VTPruneError
-    try:
-        logits = model(**inputs).logits
-    except error:
-        assert lost
+    for key, value in module.__dict__.items():
+        if key.startswith("_forward") and "hooks" in key and hasattr(value, "clear"):
+            lost += len(value)
+            value.clear()
+    return lost
+
+
+@pytest.mark.parametrize("method", ["vtc-cls", "fastv", "stride", "divprune"])
+@pytest.mark.parametrize("part", ["language_model", "language_model.layers"])
+@pytest.mark.parametrize("family", ["clip", "qwen"])
+@torch.no_grad()
+def test_lost_decoder_hooks_are_inert_pruning(family: str, part: str, method: str) -> None:
+    model, inputs = build(family), batch(family)
+    patch = vtprune.patch(model, method, **options_of(method, family))
+    if sum(clear_hooks(module) for module in model.model.get_submodule(part).modules()):
+        with pytest.raises(vtprune.InertPruningError):
+            model(**inputs)
     else:
-        assert_logits(judge("clip"), inputs, logits, patch.report())
+        assert_logits(judge(family), inputs, model(**inputs).logits, patch.report())
+
+
+LOSABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("random", {"where": "vit", "layer": 1}),
+    "vtc-cls": ("vtc-cls", {}),
+    "encoder": ("stride", {"where": "encoder"}),
+    "projector": ("stride", {}),
+    "fastv": ("fastv", {}),
+}
+
+
+@pytest.mark.parametrize("case", LOSABLE)
+@pytest.mark.parametrize("family", ["clip", "qwen"])
+@torch.no_grad()
+def test_no_lost_hook_passes_silently(family: str, case: str) -> None:
+    """Whichever module loses its hooks: the next call is right, or an error."""
+    inputs = batch(family)
+    model = build(family)
+    model(**inputs)
+    method, options = LOSABLE[case]
+    options = {**options_of(method, family), **options}
+
+    def hooked() -> dict[str, Any]:
+        return {k: v for k, v in snapshot(model).items() if "_forward" in k and "hooks" in k}
+
+    before = hooked()
+    with patched(model, method, **options):
+        names = {key.split(":")[0] for key, hooks in hooked().items() if hooks != before[key]}
+    assert len(names) >= 2
+    for name in names:
+        model = build(family)
+        patch = vtprune.patch(model, method, **options)
+        assert clear_hooks(model.get_submodule(name))
+        try:
+            logits = model(**inputs).logits
+        except (vtprune.VTPruneError, RuntimeError, ValueError, LookupError):
+            continue
+        assert patch.report().engaged, f"silently unpruned without the hooks of {name}"
+        assert_logits(judge(family), inputs, logits, patch.report())
 
 
 # ------------------------------------------------------------------------------------ 11: physical
