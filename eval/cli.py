@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -54,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
-    except (VTPruneError, ValueError, OSError) as error:
-        if not isinstance(error, VTPruneError) and os.environ.get("VTPRUNE_TRACEBACK"):
-            raise
+    except (VTPruneError, OSError) as error:
         print("vtprune: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -162,11 +159,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.model is None:
-        try:
-            path = str(reference_dir("llava"))
-        except FileNotFoundError as error:
-            raise EvaluationError(str(error)) from None
-        name = "vtprune reference LLaVA"
+        path, name = str(reference_dir("llava")), "vtprune reference LLaVA"
     else:
         path = name = arguments.model
     model, processor = load_model(path, arguments.device, arguments.dtype)
@@ -274,7 +267,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         write_report(folder / REPORT, result)
     console.print(
         f"{'interrupted' if interrupted else 'finished'} after {time.perf_counter() - started:.0f} s; "
-        f"rows in {folder / RESULTS}" + (f", report in {folder / REPORT}" if result.rows else ""),
+        + (f"rows in {folder / RESULTS}, report in {folder / REPORT}" if result.rows else "no rows yet"),
         markup=False,
         highlight=False,
     )
@@ -289,7 +282,11 @@ def _questions(arguments: argparse.Namespace) -> list[Example]:
         limit = arguments.limit
         if arguments.split is None and split == SIDE_SPLIT:
             limit = max(1, limit // SIDE_SHARE)
-        out += [e for e in examples(split, limit, arguments.seed) if e.kind in kinds]
+        try:
+            asked = examples(split, limit, arguments.seed)
+        except ValueError as error:
+            raise EvaluationError(f"{error}. Change --seed or --limit.") from error
+        out += [e for e in asked if e.kind in kinds]
     return out
 
 

@@ -18,7 +18,7 @@ from .plots import curves, label, small_multiples
 from .results import ALL, Row
 from .settings import CONTROLS, DENSE, Setting
 from .tables import budget, by_setting, percent
-from .world import Example
+from .world import Example, score
 
 THUMBNAIL = 216
 
@@ -29,7 +29,7 @@ class Shot:
 
     Attributes:
         title: the setting.
-        image: data URI of a PNG.
+        image: data URI.
         alt: what the picture shows, in words.
         answer: the model's answer.
         right: whether it is right.
@@ -112,9 +112,10 @@ def _split(rows: Sequence[Row], split: str) -> dict[str, Any]:
                 "label": label(s[ALL]),
                 "budget": budget(s[ALL]),
                 "all": s[ALL],
+                "first": number > 0 and label(s[ALL]) != label(settings[number - 1][ALL]),
                 "cells": [s[task] for task in tasks],
             }
-            for s in settings
+            for number, s in enumerate(settings)
         ],
     }
 
@@ -136,10 +137,8 @@ def _samples(evaluation: Evaluation, split: str) -> list[Sample]:
     settings = [
         s
         for sp, s in evaluation.outcomes
-        if (sp == split and (s.method == DENSE or s.keep == budget) and s.keep is not None)
-        or s.method == DENSE
+        if sp == split and (s.method == DENSE or (s.keep is not None and s.keep == budget))
     ]
-    settings = list(dict.fromkeys(settings))
     samples = []
     for number in evaluation.samples(split):
         example = evaluation.examples[split][number]
@@ -171,18 +170,11 @@ def _shot(evaluation: Evaluation, split: str, number: int, example: Example, set
         else f"The same picture; the {len(kept.index)} of {total} patches kept by {setting.label} are bright, "
         "the others dimmed"
     )
-    texts = outcome.texts[number]
-    right = bool(outcome.correct[number] == 1 if setting.runs == 1 else _scored(texts, example))
-    return Shot(setting.label, _data_uri(picture), alt, texts or "(no answer)", right)
-
-
-def _scored(text: str, example: Example) -> bool:
-    from .world import score
-
-    return score(text, example.answer)
+    text = outcome.texts[number]
+    return Shot(setting.label, _data_uri(picture), alt, text or "(no answer)", score(text, example.answer))
 
 
 def _data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.quantize(96, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(buffer, format="JPEG", quality=85, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

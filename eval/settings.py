@@ -24,7 +24,7 @@ DOWNSAMPLE = "downsample"
 CONTROLS = {
     DENSE: "the unpatched model: the ceiling",
     NO_IMAGE: "the unpatched model with a mid-grey picture: what the question alone gives away",
-    DOWNSAMPLE: "the unpatched model with a smaller picture of at most `keep` tokens: pruning has to beat it",
+    DOWNSAMPLE: "the unpatched model with a smaller picture of at most as many tokens as the budget, in the largest square; pruning has to beat it",
 }
 WITHOUT_BUDGET = (DENSE, NO_IMAGE, "keep-all")
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of LLaVA-1.5's 576 tokens

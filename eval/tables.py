@@ -19,7 +19,11 @@ def percent(value: float | None, error: float | None = None) -> str:
 
 def budget(row: Row) -> str:
     """The budget of a row, or a dash."""
-    return "–" if row.keep is None else str(row.keep)
+    return "–" if row.keep is None else str(row.keep)  # noqa: RUF001 - a dash as tables have it
+
+
+def _short(row: Row) -> str:
+    return f"{100 * row.accuracy:.0f}" + ("" if row.stderr is None else f" ±{100 * row.stderr:.0f}")
 
 
 def by_setting(rows: Sequence[Row], split: str) -> list[dict[str, Row]]:
@@ -36,17 +40,21 @@ def accuracy_table(rows: Sequence[Row], split: str) -> Table:
     settings = by_setting(rows, split)
     tasks = [task for task in settings[0] if task != ALL]
     overall = settings[0][ALL]
+    before = None
     table = Table(title=f"Accuracy in % on split {split!r}, {overall.n} questions (± standard error)")
     table.add_column("method", no_wrap=True)
     for name in ("keep", "tokens", *tasks, "all", "retained"):
         table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "all" else "")
     for setting in settings:
         row = setting[ALL]
+        if before not in (None, label(row)) and row.keep is not None:
+            table.add_section()
+        before = label(row)
         table.add_row(
-            label(row),
+            before,
             budget(row),
             str(row.visual_tokens_out),
-            *(percent(setting[task].accuracy) for task in tasks),
+            *(_short(setting[task]) for task in tasks),
             percent(row.accuracy, row.stderr),
             percent(row.retained),
         )
