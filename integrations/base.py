@@ -34,6 +34,7 @@ class Encoding:
         alive: int64 tensors, ascending indices of surviving tokens in the image's full grid.
         kept: site -> `alive` behind it.
         watches: site -> time spent measuring and deciding.
+        fired: number of decisions taken so far.
         signals: token-first tensors [N_i, ...] per image with the alive indices they were measured on.
         extra: whatever the vision tower needs to remember between its layers.
     """
@@ -47,6 +48,7 @@ class Encoding:
         self.extra: dict[str, Any] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self.watches: dict[str, Stopwatch] = {}
+        self.fired = 0
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
 

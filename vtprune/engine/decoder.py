@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vtprune import ops
 from vtprune.engine.cache import done, install, state_of, writing
 from vtprune.engine.deciding import Candidate, decide
-from vtprune.engine.encoder import EncoderEngine
+from vtprune.engine.encoder import REPLACED, EncoderEngine
 from vtprune.engine.journal import Bound, Journal
 from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, open_frame
 from vtprune.engine.sequence import TokenSequence, gather_positions, gather_table
@@ -116,10 +116,7 @@ class DecoderEngine(Bound):
         self.local.frame = None
         self.encoder.history(restart=True)
         if output is not None and frame is not None and frame.visual and not frame.seen:
-            raise InertPruningError(
-                "the call held visual tokens, but the hook on the language model did not run, so nothing was pruned. "
-                "Something replaced or wrapped a submodule after patching; remove the patch and patch again."
-            )
+            raise InertPruningError(f"the hook on the language model did not run. {REPLACED}")
 
     # The language model ----------------------------------------------------------------------------------------
 
@@ -133,6 +130,8 @@ class DecoderEngine(Bound):
         elif state is None:
             if frame is not None:
                 self.publish(self._without_pictures(frame))
+            elif kwargs.get("inputs_embeds") is not None:
+                raise InertPruningError(f"the hook on {type(self.base).__name__} did not run. {REPLACED}")
             return None
         if state is not None and state.owner != self.owner:
             raise UnsupportedCallError(
@@ -154,6 +153,7 @@ class DecoderEngine(Bound):
             run.report.n_samples = len(embeds)
             run.report.images = [i.report for i in run.images]
             for encoding in encodings:
+                self.encoder.check(encoding)
                 run.report.watches.update(encoding.watches)
             if cache is None and frame.key is not None and frame.ids is not None:
                 run.memo = self.memos.recall(frame.key, frame.ids)
@@ -209,10 +209,7 @@ class DecoderEngine(Bound):
             return None
         missing = [str(s.site) for n, s in self.stages if run.images and n not in run.fired]
         if missing:
-            raise InertPruningError(
-                f"the call held visual tokens, but the hooks at {', '.join(missing)} did not run, so nothing was "
-                "pruned there. Something replaced a decoder layer after patching; remove the patch and patch again."
-            )
+            raise InertPruningError(f"the hooks at {', '.join(missing)} did not run. {REPLACED}")
         is_tuple = isinstance(output, tuple)
         cache = (
             next((o for o in output if hasattr(o, "layers")), None) if is_tuple else output.past_key_values

@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.journal import Bound, Journal
+from vtprune.errors import InertPruningError
 from vtprune.integrations.base import Encoding, VisionTower
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
 
 # Name of the attribute of an encoder's output that carries {owner: Encoding} to the prefill.
 ATTRIBUTE = "_vtprune_encodings"
+
+
+REPLACED = (
+    "The call held visual tokens that were not pruned as they had to be: something replaced, wrapped or bypassed a "
+    "submodule after patching. Remove the patch and patch again."
+)
 
 
 class EncoderEngine(Bound):
@@ -71,6 +78,13 @@ class EncoderEngine(Bound):
         runs: list[Encoding] = vars(self.local).setdefault("runs", [])
         return runs
 
+    def check(self, encoding: Encoding) -> None:
+        """Raises InertPruningError unless every stage and every measurement of an encoder run took place."""
+        silent = [str(s.site) for s in self.stages[encoding.fired :]]
+        silent += [f"{s.kind} of layer {s.layer}" for s in self.signals if s not in encoding.signals]
+        if silent:
+            raise InertPruningError(f"the hooks for {', '.join(silent)} did not run. {REPLACED}")
+
     def watch(self, encoding: Encoding, site: str, device: torch.device) -> Stopwatch:
         """The stopwatch of a site."""
         watch: Stopwatch = encoding.watches.setdefault(site, Stopwatch(device))
@@ -82,6 +96,8 @@ class EncoderEngine(Bound):
         self.history().append(self.local.encoding)
 
     def _label(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.finish is not None and getattr(self.local, "encoding", None) is not None:
+            raise InertPruningError(f"the hook behind the last layer did not run. {REPLACED}")
         # The output object travels through generate() to the prefill; the encoding travels with it.
         encoding = getattr(self.local, "encoding", None)
         if encoding is not None and not isinstance(output, (Tensor, tuple)):
@@ -128,6 +144,7 @@ class EncoderEngine(Bound):
             ]
             selections = decide(stage, candidates)
         encoding.apply(selections)
+        encoding.fired += 1
         encoding.kept[str(stage.site)] = list(encoding.alive)
         return [s.apply(row) for s, row in zip(selections, rows, strict=True)]
 
@@ -166,5 +183,10 @@ class EncoderEngine(Bound):
     def _finish(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         encoding: Encoding | None = getattr(self.local, "encoding", None)
         self.history(restart=True)
-        if encoding is not None and self.finish is not None:
+        if self.finish is not None:
+            if encoding is None:
+                raise InertPruningError(
+                    f"the hook on {type(self.tower.entry).__name__} did not run. {REPLACED}"
+                )
+            self.check(encoding)
             self.finish(encoding)
