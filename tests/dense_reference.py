@@ -487,6 +487,47 @@ def fastv_decisions(judge: Reference, row: Inputs, keep: float, layer: int) -> l
     return [best(scores[f.columns], budget(keep, f.n)) for f in judge.frames(row)]
 
 
+def text_attention(judge: Reference, row: Inputs, layer: int, **how: Any) -> np.ndarray:
+    """Head-mean attention of the last prompt token in decoder layer `layer`, per surviving column in order.
+
+    The model must compute attention eagerly; `how` says what was pruned before.
+    """
+    found: list[Tensor] = []
+    attention = judge.decoder.layers[layer].self_attn
+    handle = attention.register_forward_hook(lambda module, args, out: found.append(out[1]))
+    with torch.no_grad():
+        judge.row_logits(row, **how)
+    handle.remove()
+    return found[-1][0, :, -1].double().mean(0).numpy()
+
+
+def clip_votes(
+    judge: Reference, frame: Frame, drops: Mapping[int, list[int]], layers: Sequence[int]
+) -> np.ndarray:
+    """[CLS] attention summed over layers of a tower that drops tokens on its way; dead tokens get -1."""
+    tower: Any = judge.model.model.vision_tower
+    scores = np.zeros(frame.n)
+    alive = list(range(frame.n))
+    hidden = tower.pre_layrnorm(tower.embeddings(frame.pixels[None]))
+    for number, block in enumerate(tower.encoder.layers[: judge.used_vit_layers]):
+        if number in drops:
+            hidden = hidden[:, [0, *(1 + alive.index(i) for i in drops[number])]]
+            alive = drops[number]
+        if number in layers:
+            x, heads = block.layer_norm1(hidden)[0], block.self_attn.num_heads
+            q, k = (
+                f(x).view(len(x), heads, -1).double()
+                for f in (block.self_attn.q_proj, block.self_attn.k_proj)
+            )
+            weights = torch.einsum("hd,khd->hk", q[0], k).mul(q.shape[-1] ** -0.5).softmax(-1).mean(0)
+            for place, i in enumerate(alive):
+                scores[i] += float(weights[1 + place])
+        hidden = block(hidden, None)
+    for i in set(range(frame.n)) - set(alive):
+        scores[i] = -1
+    return scores
+
+
 # ---------------------------------------------------------------------- timm
 
 

@@ -1206,6 +1206,63 @@ def test_compositions(case: str, family: str, attention: str) -> None:
     assert all(len(list(i.kept.values())[-1]) == 4 for i in report.images)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["clip", "qwen"])
+@torch.no_grad()
+def test_fastv_reads_the_attention_of_the_pruned_sequence(family: str, attention: str) -> None:
+    """Behind other stages, of both position policies, the decision is that of an eager run of what is left."""
+    make, reference = registry.create, judge(family, "eager")
+    model, inputs = subject(family, attention), batch(family)
+    policies = ["original"] if family == "qwen" else ["original", "dense"]
+    for policy in policies:
+        for first, layer in (
+            (make("stride", keep=10, positions=policy), 2),
+            (make("stride", where="vit", layer=1, keep=10, positions=policy), 1),
+            (make("stride", where="decoder", layer=1, keep=10, positions=policy), 2),
+            (make("stride", where="decoder", layer=2, keep=10, positions=policy), 3),
+        ):
+            with patched(model, [first, make("fastv", keep=4, layer=layer)]) as patch:
+                model(**inputs)
+                report = patch.report()
+            for sample, row in enumerate(reference.split(inputs)):
+                told = how(row, report, sample)
+                if not told["kept"]:
+                    continue
+                before = [
+                    {s: k for s, k in kept.items() if s != f"decoder[{layer}]"} for kept in told["kept"]
+                ]
+                scores = ref.text_attention(reference, row, layer - 1, **{**told, "kept": before})
+                late = next(iter(before[0])).startswith("decoder")
+                frames = reference.frames(row)
+                alive = [list(kept.values())[-1].tolist() for kept in before]
+                gone = {
+                    f.columns[i]
+                    for f, a in zip(frames, alive, strict=True)
+                    for i in range(f.n)
+                    if i not in a and not late
+                }
+                columns = [c for c in range(row["input_ids"].shape[1]) if c not in gone]
+                assert len(columns) == len(scores)
+                for frame, index, kept in zip(frames, alive, told["kept"], strict=True):
+                    picked = ref.best(scores[[columns.index(frame.columns[i]) for i in index]], 4)
+                    assert kept[f"decoder[{layer}]"].tolist() == [index[i] for i in picked]
+
+
+@torch.no_grad()
+def test_votes_of_a_tower_that_drops_tokens() -> None:
+    """vtc-cls behind pruning inside the ViT: survivors are scored in all layers, others not at all."""
+    make, reference, inputs = registry.create, judge("clip"), batch("clip")
+    chain = [make("stride", where="vit", layer=1, keep=9), make("vtc-cls", first_layer=0, keep=4)]
+    with patched(subject("clip"), chain) as patch:
+        subject("clip")(**inputs)
+        report = patch.report()
+    for sample, row in enumerate(reference.split(inputs)):
+        for frame, kept in zip(reference.frames(row), kept_of(report, sample), strict=True):
+            drops = {1: kept["vit[1]"].tolist()}
+            scores = ref.clip_votes(reference, frame, drops, range(3))
+            assert kept["encoder"].tolist() == ref.best(scores, 4)
+
+
 @torch.no_grad()
 def test_composition_of_dense_and_original_stages() -> None:
     """Every stage shifts positions by its own policy, in its own layers."""
