@@ -8,9 +8,10 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -356,6 +357,137 @@ def test_speculative_decoding_equals_greedy(scene: Scene, how: str) -> None:
         except vtprune.VTPruneError:
             continue  # refused by name
         assert drafted[0, n:].tolist() == expected
+
+
+def test_two_conversations_of_one_model(scene: Scene) -> None:
+    """Everything a conversation needs lies in its cache, not in the model."""
+    other = prompt(scene.family, [1, 9, "image", 17, "image", 18])
+    row = scene.judge.split(other)[0]
+    first = scene.prefill()
+    second = scene.model(**other, use_cache=True).past_key_values
+    known = told(scene.patch)
+    length = other["input_ids"].shape[1]
+    for n_text in (1, 2, 3):
+        text = [30, 31, 32][:n_text]
+        for cache, inputs, columns, expected in (
+            (first, scene.row, scene.n, scene.logits(*text)),
+            (second, row, length, scene.judge.row_logits(row, more=text, **known)),
+        ):
+            call = {"input_ids": torch.tensor([text[-1:]])}
+            if scene.family == "qwen":  # the stock model keeps the offset of the latest prompt only
+                last = scene.judge.positions(inputs, columns).max()
+                call["position_ids"] = (last + n_text).view(1, 1, 1).expand(3, 1, 1)
+            close(scene.model(**call, past_key_values=cache).logits[0], expected[-1:])
+
+
+def test_calls_leave_no_memory(scene: Scene) -> None:
+    """A decision kept for cache-free generation must not reach the next prompt, even after an exception."""
+    longer = prompt(scene.family, [*ONE, 20, 21, 22])
+    expected = scene.model(**longer).logits
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    scene.model.generate(**scene.inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+    close(scene.model(**longer).logits, expected)
+    with pytest.raises(KeyboardInterrupt):
+        scene.model.generate(
+            **scene.inputs, max_new_tokens=3, do_sample=False, use_cache=False, stopping_criteria=[stop]
+        )
+    close(scene.model(**longer).logits, expected)
+    scene.model(**scene.inputs, use_cache=False)
+    close(scene.model(**longer, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+@torch.no_grad()
+def test_patching_the_base_model(family: str, method: str) -> None:
+    """`LlavaModel` and `Qwen2_5_VLModel` can be patched on their own; the model around them then prunes."""
+    model, inputs = build(family), prompt(family, ONE)
+    row = judge(family).split(inputs)[0]
+    with patched(model.model, family, method) as patch:
+        hidden = model.model(**inputs).last_hidden_state
+        close(model.lm_head(hidden)[0], judge(family).row_logits(row, **told(patch)))
+        text = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert text[0, inputs["input_ids"].shape[1] :].tolist() == judge(family).greedy(row, 4, **told(patch))
+        with pytest.raises(vtprune.AlreadyPatchedError):
+            vtprune.patch(model, "stride", keep=5)
+
+
+# ------------------------------------------------------------------------------------ timm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(vtprune.Method):
+    """Keeps tokens whose norm is above the picture's mean: the count depends on the picture."""
+
+    key: ClassVar[str] = "test-adaptive"
+    keep: int | float = 1.0
+    where: vtprune.Site | None = None
+
+    def stages(self, facts: vtprune.ModelFacts) -> list[vtprune.Stage]:
+        return [vtprune.Stage(self.where or vtprune.Site("encoder"), None, self.decide)]
+
+    def decide(self, view: vtprune.View) -> vtprune.Selection:
+        size = view.features.norm(dim=-1)
+        return vtprune.Selection.where(size >= size.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("site", [vtprune.Site("encoder"), vtprune.Site("vit", 1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_pool": "token"},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": False},
+        {"global_pool": "avg", "reg_tokens": 2, "fc_norm": False},
+        {"global_pool": "map"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@torch.no_grad()
+def test_timm_with_different_counts_in_a_batch(options: dict[str, Any], site: vtprune.Site) -> None:
+    """Equal to single runs, or refused; a pool must never see padding."""
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    model = timm_vit.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=7, **options
+    ).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with vtprune.patch(model, Adaptive(where=site)) as patch:
+        alone, counts = [], set()
+        for image in images:
+            alone.append(model(image[None])[0])
+            (site_kept,) = patch.report().images[0].kept.values()
+            counts.add(len(site_kept))
+            at = 4 if site.layer is None else site.layer
+            close(alone[-1], ref.timm_run(model_twin(model), image, {at: site_kept.tolist()})[1])
+        assert len(counts) > 1
+        try:
+            together = model(images)
+        except vtprune.UnsupportedCallError:
+            return
+        close(together, torch.stack(alone))
+
+
+def model_twin(model: Any) -> Any:
+    """An unpatched model with the same weights."""
+    twin = type(model)(
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=4,
+        num_heads=4,
+        num_classes=7,
+        global_pool=model.global_pool,
+        reg_tokens=model.num_reg_tokens,
+        fc_norm=not isinstance(model.fc_norm, torch.nn.Identity),
+    ).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 # ------------------------------------------------------------------------------------ copies
