@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune import ops
+from vtprune.errors import UnsupportedCallError
 from vtprune.layout import TokenLayout
 from vtprune.method import ModelFacts, Signal
 from vtprune.report import Stopwatch
@@ -252,14 +253,12 @@ class BatchedViT(VisionTower):
     ) -> Tensor:
         p = self.projector_prefix if at_projector else self.prefix
         tokens, valid = rectangle(rows)
-        if valid is not None and not at_projector:
+        if valid is not None and not (at_projector and self.restores):
             reason = self._accepts_ragged()
             if reason:
-                from vtprune.errors import UnsupportedCallError
-
                 raise UnsupportedCallError(
-                    f"images of this batch keep different numbers of tokens ({[len(r) for r in rows]}) inside the "
-                    f"encoder, but {reason}. Use a method with a fixed count, or batch size 1."
+                    f"images of this batch keep different numbers of tokens ({[len(r) for r in rows]}) in the encoder, "
+                    f"but {reason}. Use a method with a fixed count, or batch size 1."
                 )
             valid = torch.cat([valid.new_ones(len(valid), p), valid], 1)
         if not at_projector:
