@@ -266,6 +266,13 @@ class BatchedViT(VisionTower):
         return torch.cat([hidden[:, :p], tokens], 1) if p else tokens
 
     def adapt(self, encoding: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        positional = self._mask_argument == "positional" and len(args) > 1
+        name = "attention_mask" if self._mask_argument == "positional" else self._mask_argument
+        if (args[1] if positional else kwargs.get(name)) is not None:
+            raise UnsupportedCallError(
+                f"the {type(self.module).__name__} was called with a {name} of its own, which does not fit pruned tokens; "
+                "leave it out, or prune behind the encoder"
+            )
         valid: Tensor | None = encoding.extra.get("valid")
         if valid is None:
             return args, kwargs
@@ -275,9 +282,8 @@ class BatchedViT(VisionTower):
             mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(
                 ~mask, torch.finfo(hidden.dtype).min
             )
-        if self._mask_argument == "positional" and len(args) > 1:
+        if positional:
             return (args[0], mask, *args[2:]), kwargs
-        name = "attention_mask" if self._mask_argument == "positional" else self._mask_argument
         return args, {**kwargs, name: mask}
 
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
