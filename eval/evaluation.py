@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import vtprune
 from vtprune.errors import VTPruneError
 
 from .accuracy import Outcome, ask, make_batches
@@ -107,9 +108,11 @@ def evaluate(
 
     Raises:
         EvaluationError: no examples, or the dense model itself fails.
+        UnsupportedModelError: vtprune does not know the model.
     """
     if not examples:
         raise EvaluationError("there are no questions to ask; raise the limit.")
+    vtprune.patch(model, "keep-all").remove()  # an unsupported model is told so before any work
     observer = observer or Observer()
     result = into if into is not None else Evaluation(name)
     settings = list(dict.fromkeys([Setting(DENSE), *settings]))

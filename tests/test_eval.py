@@ -280,6 +280,11 @@ def test_a_setting_that_always_fails_is_skipped(tiny, questions, monkeypatch):
         evaluate(*tiny, questions[:2], [], rounds=1)
 
 
+def test_unsupported_models_are_refused_at_once(tiny, questions):
+    with pytest.raises(vtprune.UnsupportedModelError):
+        evaluate(torch.nn.Linear(1, 1), tiny[1], questions, [])
+
+
 def test_no_image_is_blind(tiny, questions):
     model, processor = tiny
     prompter = Prompter(model, processor)
@@ -402,6 +407,7 @@ def test_lists(capsys):
     [
         (("eval", "--method", "vtccls"), "Did you mean 'vtc-cls'"),
         (("eval", "--limit", 0), "at least 1"),
+        (("eval", "--model", "FOLDER", "--threads", 0), "give 1 or more"),
         (("eval", "--model", "FOLDER", "--keep", 0), "smallest budget is keep=1"),
         (("eval", "--model", "FOLDER", "--seed", 5000), "seed must be between 0 and 1000"),
         (("eval", "--model", "no/such/folder"), "cannot load"),
