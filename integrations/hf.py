@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedModelError
-from vtprune.integrations.base import AttentionTap, BatchedViT, Decoder
+from vtprune.integrations.base import AttentionTap, Decoder
+from vtprune.integrations.towers import BatchedViT
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

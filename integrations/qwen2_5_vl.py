@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtprune.integrations.base import AttentionTap, Integration, PackedViT
+from vtprune.integrations.base import AttentionTap, Integration
 from vtprune.integrations.hf import decoder_of, require_submodules
+from vtprune.integrations.towers import PackedViT
 from vtprune.method import ModelFacts
 
 

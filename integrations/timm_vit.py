@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedModelError
-from vtprune.integrations.base import AttentionTap, BatchedViT, Integration
+from vtprune.integrations.base import AttentionTap, Integration
+from vtprune.integrations.towers import BatchedViT
 from vtprune.method import ModelFacts
 
 
