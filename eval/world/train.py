@@ -21,7 +21,7 @@ from . import loop
 from .batches import DialogueBatches, VisionBatches, loader
 from .models import clip_config, save_clip, save_llava, vision_config
 from .pretrain import Heads, vision_losses
-from .tuning import frozen_losses, join, joint_losses
+from .tuning import Finder, frozen_losses, join, joint_losses
 
 MINUTES = {"vit": 25.0, "llava": 45.0, "joint": 12.0}
 VISION_BATCH = 64
@@ -69,12 +69,13 @@ def train_language(out: Path, minutes: float, resume: bool) -> None:
     load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
     model = join(clip)
     model.model.vision_tower.requires_grad_(False)
+    finder = Finder(model.config.text_config.hidden_size)
     _compile(model)
     loop.train(
-        nn.ModuleDict({"llava": model}),
+        nn.ModuleDict({"llava": model, "finder": finder}),
         loop.Settings("llava", minutes, lr=1.5e-3, matrix_lr=4e-3),
         lambda step: loader(DialogueBatches(FIRST_SEED["llava"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
-        lambda batch: frozen_losses(model, batch),
+        lambda batch: frozen_losses(model, finder, batch),
         out,
         resume,
         lambda: save_llava(model, out / "llava"),
@@ -86,7 +87,8 @@ def train_jointly(out: Path, minutes: float, resume: bool) -> None:
     clip, heads = new_clip()
     load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
     model = join(clip)
-    load_stage(out, "llava", nn.ModuleDict({"llava": model}))
+    finder = Finder(model.config.text_config.hidden_size)
+    load_stage(out, "llava", nn.ModuleDict({"llava": model, "finder": finder}))
     _compile(model)
 
     def save() -> None:
@@ -94,10 +96,10 @@ def train_jointly(out: Path, minutes: float, resume: bool) -> None:
         save_llava(model, out / "llava")
 
     loop.train(
-        nn.ModuleDict({"llava": model, "clip": clip, "heads": heads}),
+        nn.ModuleDict({"llava": model, "finder": finder, "clip": clip, "heads": heads}),
         loop.Settings("joint", minutes, lr=5e-4, matrix_lr=1.2e-3),
         lambda step: loader(DialogueBatches(FIRST_SEED["joint"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
-        lambda batch: joint_losses(model, clip, heads, batch),
+        lambda batch: joint_losses(model, finder, clip, heads, batch),
         out,
         resume,
         save,
