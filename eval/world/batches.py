@@ -18,8 +18,8 @@ IGNORE = -100
 MIN_PIXELS = 10  # of the 64 in a patch that must belong to a thing for the patch to count as showing it
 SIGN_LENGTH = 3
 ROW = 272  # tokens in a row of dialogue
-PER_SCENE = {"where": 1, "exists": 2, "count": 1, "relation": 4, "text": 1, "locate": 3}  # at most, per row
-WEIGHTS = {"where": 0.5, "exists": 1.0, "count": 1.0, "relation": 2.5, "text": 1.5, "locate": 2.0}
+PER_SCENE = {"where": 1, "exists": 2, "count": 2, "relation": 3, "text": 1, "locate": 2}  # at most, per row
+WEIGHTS = {"where": 1.0, "exists": 1.0, "count": 2.0, "relation": 1.5, "text": 3.0, "locate": 1.0}
 PAD_ID = vocabulary()[PAD]
 CELLS = GRID * GRID
 

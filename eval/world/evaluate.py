@@ -75,7 +75,7 @@ def main() -> None:
     folder = arguments.model or reference_dir("llava")
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder)
     model.eval()
-    processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    processor = AutoProcessor.from_pretrained(folder)
     for split in arguments.splits:
         items = examples(split, arguments.per_kind)
         print(json.dumps({"split": split} | accuracies(model, processor, items)), flush=True)

@@ -79,7 +79,7 @@ def train(
                 group["lr"] = peak * factor
             optimizer.zero_grad()
         total, figures = loss(next(stream))
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.grad is not None], 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -81,7 +81,7 @@ def tokenizer(end: bool, padding_side: str) -> PreTrainedTokenizerFast:
         single=f"{BOS} $A {EOS}" if end else f"{BOS} $A",
         special_tokens=[(BOS, ids[BOS]), (EOS, ids[EOS])],
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,
@@ -171,14 +171,14 @@ def llava_config() -> LlavaConfig:
 def save_clip(model: CLIPModel, folder: Path) -> None:
     """Write model and processor as a plain checkpoint folder."""
     model.save_pretrained(folder)
-    processor = CLIPProcessor(image_processor(), tokenizer(end=True, padding_side="right"))  # type: ignore[no-untyped-call]
+    processor = CLIPProcessor(image_processor(), tokenizer(end=True, padding_side="right"))
     processor.save_pretrained(folder)
 
 
 def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write model, generation settings and processor as a plain checkpoint folder."""
     ids = vocabulary()
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=8,
         pad_token_id=ids[PAD],
@@ -194,7 +194,7 @@ def save_llava(model: LlavaForConditionalGeneration, folder: Path) -> None:
         for k, v in tensors.items()
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
+    processor = LlavaProcessor(
         image_processor(),
         tokenizer(end=False, padding_side="left"),
         patch_size=PATCH,

@@ -41,13 +41,6 @@ class Heads(nn.Module):
         return outputs
 
 
-def vision_losses(
-    model: CLIPModel, heads: Heads, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch of `VisionBatches`, and figures for the log (accuracies in 0..1)."""
-    return vision_losses_from(vision_outputs(model.vision_model, batch["pixels"]), model, heads, batch)
-
-
 @dataclass(frozen=True)
 class VisionOutputs:
     """What a vision tower gives for B pictures.
@@ -71,10 +64,11 @@ def vision_outputs(tower: nn.Module, pixels: Tensor) -> VisionOutputs:
     )
 
 
-def vision_losses_from(
-    output: VisionOutputs, model: CLIPModel, heads: Heads, batch: dict[str, Tensor]
+def vision_losses(
+    model: CLIPModel, heads: Heads, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
-    """As `vision_losses`, for what the vision tower has given."""
+    """Loss of one batch of `VisionBatches`, and figures for the log (accuracies in 0..1)."""
+    output = vision_outputs(model.vision_model, batch["pixels"])
     features = output.features
     label, centre, number, cell, string = heads(features)
     target = batch["label"]

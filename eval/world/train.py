@@ -1,7 +1,7 @@
 """Train the reference models of the picture world.
 
-Three stages: the CLIP model with dense supervision of its vision tower (``vit``); projector and language model with
-that tower frozen (``llava``); everything together (``joint``). Nothing here knows about pruning. Run, with two
+Two stages: the CLIP model with dense supervision of its vision tower (``vit``); projector and language model with that
+tower frozen (``llava``). Nothing here knows about pruning. Run, with two
 threads and no accelerator::
 
     MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 \
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPModel, LlavaForConditionalGeneration
+from transformers import CLIPModel
 
 from . import loop
 from .batches import DialogueBatches, VisionBatches, loader
 from .models import clip_config, save_clip, save_llava, vision_config
 from .pretrain import Heads, vision_losses
-from .tuning import Finder, frozen_losses, join, joint_losses
+from .tuning import Finder, answer_losses, join
 
-MINUTES = {"vit": 25.0, "llava": 45.0, "joint": 12.0}
+MINUTES = {"vit": 25.0, "llava": 45.0}
 VISION_BATCH = 64
 DIALOGUE_BATCH = 32
-FIRST_SEED = {"vit": 0, "llava": 100_000_000, "joint": 200_000_000}
+FIRST_SEED = {"vit": 0, "llava": 100_000_000}
 
 
 def new_clip() -> tuple[CLIPModel, Heads]:
@@ -68,47 +68,18 @@ def train_language(out: Path, minutes: float, resume: bool) -> None:
     clip, heads = new_clip()
     load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
     model = join(clip)
-    model.model.vision_tower.requires_grad_(False)
-    finder = Finder(model.config.text_config.hidden_size)
-    _compile(model)
+    finder = Finder(model.lm_head.in_features)
+    model.model.vision_tower.compile()
+    model.model.language_model.compile()
     loop.train(
         nn.ModuleDict({"llava": model, "finder": finder}),
         loop.Settings("llava", minutes, lr=1.5e-3, matrix_lr=4e-3),
         lambda step: loader(DialogueBatches(FIRST_SEED["llava"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
-        lambda batch: frozen_losses(model, finder, batch),
+        lambda batch: answer_losses(model, finder, batch),
         out,
         resume,
         lambda: save_llava(model, out / "llava"),
     )
-
-
-def train_jointly(out: Path, minutes: float, resume: bool) -> None:
-    """Stage 3: train everything together from stages 1 and 2; write ``out/clip`` and ``out/llava``."""
-    clip, heads = new_clip()
-    load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
-    model = join(clip)
-    finder = Finder(model.config.text_config.hidden_size)
-    load_stage(out, "llava", nn.ModuleDict({"llava": model, "finder": finder}))
-    _compile(model)
-
-    def save() -> None:
-        save_clip(clip, out / "clip")
-        save_llava(model, out / "llava")
-
-    loop.train(
-        nn.ModuleDict({"llava": model, "finder": finder, "clip": clip, "heads": heads}),
-        loop.Settings("joint", minutes, lr=5e-4, matrix_lr=1.2e-3),
-        lambda step: loader(DialogueBatches(FIRST_SEED["joint"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
-        lambda batch: joint_losses(model, finder, clip, heads, batch),
-        out,
-        resume,
-        save,
-    )
-
-
-def _compile(model: LlavaForConditionalGeneration) -> None:
-    model.model.vision_tower.compile()
-    model.model.language_model.compile()
 
 
 def main() -> None:
@@ -123,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    stages = {"vit": train_vision, "llava": train_language, "joint": train_jointly}
+    stages = {"vit": train_vision, "llava": train_language}
     for stage, run in stages.items():
         if arguments.stage in (stage, "all"):
             run(arguments.out, arguments.minutes or MINUTES[stage], arguments.resume)

@@ -1,4 +1,4 @@
-"""Stages 2 and 3: projector and language model on a frozen vision tower, then everything together."""
+"""Stage 2: projector and language model on the frozen vision tower of stage 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .batches import CELLS, IGNORE
 from .models import llava_config, vocabulary
-from .pretrain import Heads, vision_losses_from, vision_outputs
+from .pretrain import vision_outputs
 from .questions import KINDS
 from .scenes import atlas
 
@@ -32,14 +32,14 @@ class Finder(nn.Module):
 
 
 def join(clip: CLIPModel) -> LlavaForConditionalGeneration:
-    """A new LLaVA whose vision tower *is* that of ``clip``: the same module, as the two are trained together."""
+    """A new LLaVA with the vision tower of ``clip``, frozen."""
     model = LlavaForConditionalGeneration(llava_config())
-    model.model.vision_tower = clip.vision_model
+    model.model.vision_tower = clip.vision_model.requires_grad_(False)
     return model
 
 
 def answer_losses(
-    model: LlavaForConditionalGeneration, finder: Finder, features: Tensor, batch: dict[str, Tensor]
+    model: LlavaForConditionalGeneration, finder: Finder, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the answers of a `DialogueBatches` batch, and per kind the share of right tokens.
 
@@ -49,9 +49,10 @@ def answer_losses(
     Args:
         model: the LLaVA.
         finder: auxiliary head.
-        features: (B, 144, width) patch features of the vision tower.
         batch: see `DialogueBatches`.
     """
+    with torch.no_grad():
+        features = vision_outputs(model.model.vision_tower, batch["pixels"]).features
     images = model.model.multi_modal_projector(features)
     embeddings = model.get_input_embeddings()(batch["ids"])
     first = int((batch["ids"][0] == model.config.image_token_id).nonzero()[0])
@@ -68,7 +69,7 @@ def answer_losses(
     logits, target = model.lm_head(hidden[asked]), batch["target"][asked]
     weight, kind = batch["weight"][asked], batch["kind"][asked]
     loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-    alignment = _alignment(images, model.get_input_embeddings().weight, batch["label"])
+    alignment = _alignment(images, model.model.language_model.embed_tokens.weight, batch["label"])
     look_up, found = _look_up(model, finder, output.hidden_states, batch)
     right = (logits.argmax(-1) == target).float()
     figures = {
@@ -135,27 +136,3 @@ def _look_up(
     where = F.cross_entropy(found[:, :CELLS], batch["cell"][row, patch])
     where = where + 10 * F.smooth_l1_loss(found[:, CELLS:], batch["centre"][row, patch], beta=0.05)
     return -share.mean(), where
-
-
-def frozen_losses(
-    model: LlavaForConditionalGeneration, finder: Finder, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, float]]:
-    """Stage 2: the answers alone, the vision tower frozen."""
-    with torch.no_grad():
-        output = vision_outputs(model.model.vision_tower, batch["pixels"])
-    return answer_losses(model, finder, output.features, batch)
-
-
-def joint_losses(
-    model: LlavaForConditionalGeneration,
-    finder: Finder,
-    clip: CLIPModel,
-    heads: Heads,
-    batch: dict[str, Tensor],
-) -> tuple[Tensor, dict[str, float]]:
-    """Stage 3: the answers, and stage 1's losses beside them so that vision and text tower stay in step."""
-    output = vision_outputs(clip.vision_model, batch["pixels"])
-    loss, figures = answer_losses(model, finder, output.features, batch)
-    vision, vision_figures = vision_losses_from(output, clip, heads, batch)
-    keep = ("label_accuracy", "number_accuracy", "string_accuracy", "set_accuracy", "contrastive")
-    return loss + 0.3 * vision, figures | {key: vision_figures[key] for key in keep}
