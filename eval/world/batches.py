@@ -147,7 +147,7 @@ class DialogueBatches(IterableDataset[dict[str, Tensor]]):
     as unpadding does in models that take pictures of many shapes; the tokens outside are hidden and the positions
     close up.
 
-    Each batch holds what `VisionBatches` holds, and with T tokens in a row:
+    Each batch holds what `VisionBatches` holds without the texts, and with T tokens in a row:
         ids (B, T); positions (B, T); mask (B, 1, T, T) bool, True where a query (row) sees a key (column);
         target (B, T) the next token where it belongs to an answer, else `IGNORE`; weight (B, T) float;
         kind (B, T) index into `KINDS` where there is a target, else -1.
@@ -161,7 +161,6 @@ class DialogueBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
         ids = vocabulary()
-        encode = _Encoder()
         seed = self.first_seed
         while True:
             rng = np.random.default_rng((seed, 2))
@@ -171,8 +170,6 @@ class DialogueBatches(IterableDataset[dict[str, Tensor]]):
             yield {
                 "pixels": torch.from_numpy(np.stack([scene.pixels for scene in scenes])),
                 **{key: torch.from_numpy(value) for key, value in vision_targets(scenes).items()},
-                "caption": encode([caption(scene, rng) for scene in scenes]),
-                "names": encode(name_texts(rng)),
                 **{key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]},
             }
 
