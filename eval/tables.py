@@ -93,3 +93,37 @@ def cost_table(rows: Sequence[Row]) -> Table:
                 f"{row.peak_mib:.1f}",
             )
     return table
+
+
+def markdown_table(rows: Sequence[Row], split: str) -> str:
+    """Accuracy and cost of one split as a Markdown table, for README; cost as ratios to the dense model."""
+    settings = by_setting(rows, split)
+    tasks = [task for task in settings[0] if task != ALL]
+    dense = settings[0][ALL]
+    names = [
+        "method",
+        "keep",
+        "layer average",
+        *tasks,
+        "all",
+        "retained",
+        "FLOPs",
+        "KV cache",
+        "time to first token",
+    ]
+    lines = ["| " + " | ".join(names) + " |", "|---" * 2 + "|--:" * (len(names) - 2) + "|"]
+    for setting in settings:
+        row = setting[ALL]
+        cells = [
+            label(row),
+            budget(row),
+            f"{row.layer_average_tokens:.0f}",
+            *(_short(setting[task]) for task in tasks),
+            percent(row.accuracy, row.stderr),
+            percent(row.retained),
+            f"{row.flops / dense.flops:.2f}",
+            f"{row.kv_bytes / dense.kv_bytes:.2f}",
+            f"{row.ttft_ms / dense.ttft_ms:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

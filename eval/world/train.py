@@ -23,11 +23,10 @@ from .models import clip_config, save_clip, save_llava, vision_config
 from .pretrain import Heads, vision_losses
 from .tuning import Finder, answer_losses, join
 
-MINUTES = {"vit": 25.0, "llava": 60.0, "dropout": 13.0}
+MINUTES = {"vit": 27.0, "llava": 60.0}
 VISION_BATCH = 64
 DIALOGUE_BATCH = 32
-FIRST_SEED = {"vit": 0, "llava": 100_000_000, "dropout": 200_000_000}
-ATTENTION_DROPOUT = 0.2
+FIRST_SEED = {"vit": 0, "llava": 100_000_000}
 
 
 def new_clip() -> tuple[CLIPModel, Heads]:
@@ -83,31 +82,6 @@ def train_language(out: Path, minutes: float, resume: bool) -> None:
     )
 
 
-def train_with_dropout(out: Path, minutes: float, resume: bool) -> None:
-    """Stage 3: stage 2 once more with attention dropout, so that an answer does not hang on a single patch.
-
-    Large models read redundantly by themselves. Writes ``out/llava``.
-    """
-    clip, heads = new_clip()
-    load_stage(out, "vit", nn.ModuleDict({"clip": clip, "heads": heads}))
-    model = join(clip)
-    modules = nn.ModuleDict({"llava": model, "finder": (finder := Finder(model.lm_head.in_features))})
-    load_stage(out, "llava", modules)
-    for layer in model.model.language_model.layers:
-        layer.self_attn.attention_dropout = ATTENTION_DROPOUT
-    model.model.vision_tower.compile()
-    model.model.language_model.compile()
-    loop.train(
-        modules,
-        loop.Settings("dropout", minutes, lr=6e-4, matrix_lr=1.6e-3),
-        lambda step: loader(DialogueBatches(FIRST_SEED["dropout"] + step * DIALOGUE_BATCH, DIALOGUE_BATCH)),
-        lambda batch: answer_losses(model, finder, batch),
-        out,
-        resume,
-        lambda: save_llava(model, out / "llava"),
-    )
-
-
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
@@ -120,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    stages = {"vit": train_vision, "llava": train_language, "dropout": train_with_dropout}
+    stages = {"vit": train_vision, "llava": train_language}
     for stage, run in stages.items():
         if arguments.stage in (stage, "all"):
             run(arguments.out, arguments.minutes or MINUTES[stage], arguments.resume)
