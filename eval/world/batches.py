@@ -143,8 +143,8 @@ class DialogueBatches(IterableDataset[dict[str, Tensor]]):
     A row is the prefix ``<s> user: <image> x 144`` followed by questions with their answers. Each question sees the
     prefix and itself only, and its positions go on from the prefix, so to the model it is the only question.
 
-    In half of the rows the picture's tokens are cropped to a rectangle that still holds every sticker and the sign,
-    as unpadding does in models that take pictures of many shapes; the tokens outside are hidden and the positions
+    In most rows the picture's tokens are cropped to a rectangle that still shows every sticker and the sign, as
+    unpadding does in models that take pictures of many shapes; the tokens outside are hidden and the positions
     close up.
 
     Each batch holds what `VisionBatches` holds without the texts, and with T tokens in a row:
@@ -153,7 +153,7 @@ class DialogueBatches(IterableDataset[dict[str, Tensor]]):
         kind (B, T) index into `KINDS` where there is a target, else -1.
     """
 
-    def __init__(self, first_seed: int, batch_size: int, crop_share: float = 0.5) -> None:
+    def __init__(self, first_seed: int, batch_size: int, crop_share: float = 0.75) -> None:
         self.first_seed = first_seed
         self.batch_size = batch_size
         self.crop_share = crop_share
@@ -225,11 +225,20 @@ def dialogue(
 
 
 def crop(owners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random rectangle of the grid that holds every patch with a thing: (144,) bool."""
-    rows, columns = np.nonzero(owners.reshape(SIDE, SIDE) >= 0)
+    """A random rectangle of the grid that shows every thing: (144,) bool.
+
+    In half of the cases it holds all patches of every thing; in the others it may cut through things, as the edge of
+    a photograph does, and holds at least one patch of each.
+    """
     inside = np.zeros((SIDE, SIDE), bool)
-    if not rows.size:
+    things = [np.flatnonzero(owners == thing) for thing in np.unique(owners[owners >= 0])]
+    if not things:
         return ~inside.ravel()
+    if rng.random() < 0.5:
+        needed = np.concatenate(things)
+    else:
+        needed = np.array([rng.choice(patches) for patches in things])
+    rows, columns = needed // SIDE, needed % SIDE
     top, left = rng.integers(rows.min() + 1), rng.integers(columns.min() + 1)
     bottom, right = rng.integers(rows.max(), SIDE) + 1, rng.integers(columns.max(), SIDE) + 1
     inside[top:bottom, left:right] = True

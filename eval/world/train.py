@@ -23,7 +23,7 @@ from .models import clip_config, save_clip, save_llava, vision_config
 from .pretrain import Heads, vision_losses
 from .tuning import Finder, answer_losses, join
 
-MINUTES = {"vit": 27.0, "llava": 60.0}
+MINUTES = {"vit": 27.0, "llava": 71.5}
 VISION_BATCH = 64
 DIALOGUE_BATCH = 32
 FIRST_SEED = {"vit": 0, "llava": 100_000_000}
