@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune.integrations.base import Encoding
 from vtprune.kernels import reference
+from vtprune.layout import TokenLayout
 from vtprune.ops import attention_rows, compact, merge_tokens, received_attention
 from vtprune.selection import Selection, merged
 
@@ -89,3 +91,15 @@ def test_merged_points_every_token_at_its_slot() -> None:
 def test_gather_reference() -> None:
     x = torch.arange(12.0).view(1, 4, 3)
     assert torch.equal(reference.gather_tokens(x, torch.tensor([[2, 0]])), x[:, [2, 0]])
+
+
+def test_picture_checksum_ignores_the_last_bit_and_nothing_else() -> None:
+    levels = torch.arange(256).repeat(3).view(3, 16, 16) / 255 * 4 - 2
+
+    def checksum(pixels: torch.Tensor) -> int:
+        return Encoding([TokenLayout(4, 4)], lambda: [pixels], pixels.device).seeds()[0]
+
+    changed = levels.clone()
+    changed[1, 3, 5] += 4 / 255
+    assert checksum(levels) == checksum(levels + 6e-8) == checksum(levels - 6e-8)
+    assert checksum(levels) != checksum(changed)
