@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,9 +62,7 @@ class Encoding:
         if self._pixels is not None:
             # Rounded, so that image backends that differ in the last bit give the same number.
             self._seeds = [
-                zlib.crc32(
-                    (p.detach().float() * 128).round().to(torch.int16).cpu().contiguous().numpy().tobytes()
-                )
+                zlib.crc32(np.rint(p.detach().float().cpu().numpy() * 128).astype(np.int16).tobytes())
                 for p in self._pixels()
             ]
             self._pixels = None
