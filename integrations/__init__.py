@@ -20,8 +20,9 @@ class Family:
         title: name for people.
         classes: names of the classes that can be patched.
         library: top-level package that defines them.
-        module: module of `vtprune.integrations` with the function `integrate`.
+        module: module of `vtprune.integrations` that describes it.
         kind: "lvlm" or "encoder".
+        function: the module's function that does.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Family:
     library: str
     module: str
     kind: str
+    function: str = "integrate"
 
     def matches(self, model: nn.Module) -> bool:
         """Whether a class of the model is one of `classes`, by name, so that the library is not imported."""
@@ -39,21 +41,35 @@ class Family:
         )
 
 
+def _lvlm(name: str, title: str, stem: str, module: str, function: str = "integrate") -> Family:
+    """An LVLM of transformers with classes `stem`ForConditionalGeneration and `stem`Model."""
+    classes = (f"{stem}ForConditionalGeneration", f"{stem}Model")
+    return Family(name, title, classes, "transformers", module, "lvlm", function)
+
+
 FAMILIES: tuple[Family, ...] = (
+    _lvlm("llava", "LLaVA", "Llava", "llava"),
+    _lvlm("llava_next", "LLaVA-NeXT", "LlavaNext", "llava_next", "llava_next"),
+    _lvlm("llava_next_video", "LLaVA-NeXT-Video", "LlavaNextVideo", "llava_next", "llava_next_video"),
+    _lvlm("llava_onevision", "LLaVA-OneVision", "LlavaOnevision", "llava_next", "llava_onevision"),
+    _lvlm("video_llava", "Video-LLaVA", "VideoLlava", "video_llava"),
+    _lvlm("qwen2_vl", "Qwen2-VL", "Qwen2VL", "qwen_vl"),
+    _lvlm("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VL", "qwen_vl"),
+    _lvlm("qwen3_vl", "Qwen3-VL", "Qwen3VL", "qwen_vl"),
+    _lvlm("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoe", "qwen_vl"),
+    _lvlm("internvl", "InternVL", "InternVL", "internvl"),
+    _lvlm("idefics3", "Idefics3", "Idefics3", "idefics"),
+    _lvlm("smolvlm", "SmolVLM", "SmolVLM", "idefics"),
+    _lvlm("gemma3", "Gemma 3", "Gemma3", "gemma"),
+    _lvlm("paligemma", "PaliGemma", "PaliGemma", "gemma"),
+    _lvlm("mistral3", "Mistral 3 (Pixtral)", "Mistral3", "mistral3"),
+    _lvlm("aria", "Aria", "Aria", "aria"),
     Family(
+        "llava_original",
+        "LLaVA (original package)",
+        ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
         "llava",
-        "LLaVA (CLIP or SigLIP tower)",
-        ("LlavaForConditionalGeneration", "LlavaModel"),
-        "transformers",
-        "llava",
-        "lvlm",
-    ),
-    Family(
-        "qwen2_5_vl",
-        "Qwen2.5-VL",
-        ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel"),
-        "transformers",
-        "qwen2_5_vl",
+        "llava_original",
         "lvlm",
     ),
     Family("timm_vit", "timm VisionTransformer", ("VisionTransformer",), "timm", "timm_vit", "encoder"),
@@ -69,7 +85,7 @@ def integrate(model: nn.Module) -> Integration:
     for family in FAMILIES:
         if family.matches(model):
             module = importlib.import_module(f"vtprune.integrations.{family.module}")
-            integration: Integration = module.integrate(model)
+            integration: Integration = getattr(module, family.function)(model)
             return integration
     supported = "; ".join(f"{f.title}: {', '.join(f.classes)} of {f.library}" for f in FAMILIES)
     inner = next(

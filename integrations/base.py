@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,75 @@ from torch import Tensor, nn
 from vtprune.layout import TokenLayout
 from vtprune.method import ModelFacts, Signal
 from vtprune.report import Stopwatch
-from vtprune.selection import Selection
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FeatureCall:
+    """The call of a model's `get_image_features` or `get_video_features` that an encoder run serves.
+
+    Attributes:
+        modality: "image" or "video".
+        arguments: its arguments by name.
+    """
+
+    modality: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the prompt shows of one encoder image: a whole image, a tile of it, or a frame.
+
+    Attributes:
+        layout: grid as shown (a tile loses its padding rows and columns).
+        number: the encoder image.
+        image: the run of placeholders that it is part of.
+        slots: [n] places of its tokens in that run, in raster order.
+        source: [n] tokens of the encoder image that they show; None if they are resampled from several.
+    """
+
+    layout: TokenLayout
+    number: int
+    image: int
+    slots: Tensor
+    source: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model puts its encoder images into runs of placeholders.
+
+    Attributes:
+        units: in the order of the encoder images.
+        sizes: placeholders per run, newline and separator tokens included.
+        pack: the model's own packing of values [I, N, C], one [size, C] per run; needed where units are resampled.
+    """
+
+    units: Sequence[Unit]
+    sizes: Sequence[int]
+    pack: Callable[[Tensor], Sequence[Tensor]] | None = None
+
+    def to(self, device: torch.device) -> Packing:
+        """The same with index tensors on a device."""
+        units = [
+            replace(u, slots=u.slots.to(device), source=None if u.source is None else u.source.to(device))
+            for u in self.units
+        ]
+        return replace(self, units=units)
 
 
 class Encoding:
     """One run of a vision encoder: which tokens of which images are alive, and what was measured.
 
-    Images are still images or single frames of a video; lists run over them.
+    Images are what the encoder sees as such: still images, tiles of images, single frames of a video; lists run
+    over them.
 
     Attributes:
         layouts: grid of every image.
+        tower: the encoder.
+        packing: how the prompt shows the images; None where every image is a run of placeholders of its own.
         alive: int64 tensors, ascending indices of surviving tokens in the image's full grid.
         kept: site -> `alive` behind it.
         watches: site -> time spent measuring and deciding.
@@ -40,15 +97,24 @@ class Encoding:
     """
 
     def __init__(
-        self, layouts: Sequence[TokenLayout], pixels: Callable[[], Sequence[Tensor]], device: torch.device
+        self,
+        tower: VisionTower,
+        layouts: Sequence[TokenLayout],
+        pixels: Callable[[], Sequence[Tensor]],
+        device: torch.device,
+        packing: Packing | None = None,
     ):
+        self.tower = tower
         self.layouts = list(layouts)
+        self.packing = packing
         self.alive = [torch.arange(layout.n_tokens, device=device) for layout in layouts]
         self.signals: dict[Signal, tuple[list[Tensor], list[Tensor]]] = {}
         self.extra: dict[str, Any] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self.watches: dict[str, Stopwatch] = {}
         self.fired = 0
+        self.device = device
+        self._packed: dict[Signal, list[Tensor]] = {}
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
 
@@ -72,17 +138,49 @@ class Encoding:
         """Stores a measured signal, token-first [N_i, ...] per image, for the tokens alive now."""
         self.signals[signal] = (values, self.alive)
 
-    def signal(self, signal: Signal, image: int) -> Tensor:
-        """A signal for the tokens of one image that are alive now, [K_i, ...]."""
+    def signal(self, signal: Signal, image: int, tokens: Tensor) -> Tensor:
+        """A signal for some tokens [K] of an image's grid that are alive now, [K, ...]."""
         values, alive = self.signals[signal]
-        now = self.alive[image]
-        if len(now) == len(alive[image]):
+        if len(tokens) == len(alive[image]):
             return values[image]
-        return values[image][torch.searchsorted(alive[image], now)]
+        return values[image][torch.searchsorted(alive[image], tokens)]
 
-    def apply(self, selections: Sequence[Selection]) -> None:
-        """Narrows `alive` by one selection per image."""
-        self.alive = [a[s.index[0]] for a, s in zip(self.alive, selections, strict=True)]
+    def units(self) -> Sequence[Unit]:
+        """What the prompt shows of every image."""
+        if self.packing is not None:
+            return self.packing.units
+        return [
+            Unit(layout, i, i, everything, everything)
+            for i, layout in enumerate(self.layouts)
+            for everything in [torch.arange(layout.n_tokens, device=self.device)]
+        ]
+
+    def shown(self, unit: Unit, alive: Sequence[Tensor]) -> Tensor:
+        """[K] indices into a unit's grid of the tokens that show an alive token of its image.
+
+        Args:
+            alive: per image, indices into the image's grid.
+        """
+        if unit.source is None:
+            return torch.arange(unit.layout.n_tokens, device=self.device)
+        if self.packing is None:
+            return alive[unit.number]
+        return torch.isin(unit.source, alive[unit.number]).nonzero()[:, 0]
+
+    def unit_signal(self, signal: Signal, unit: Unit, tokens: Tensor) -> Tensor:
+        """A signal for some tokens [K] of a unit's grid that are alive now, [K, ...]."""
+        if unit.source is not None:
+            return self.signal(signal, unit.number, unit.source[tokens])
+        assert self.packing is not None
+        assert self.packing.pack is not None
+        if signal not in self._packed:
+            values = torch.stack(
+                self.signals[signal][0]
+            )  # [I, N, ...], resampling models prune behind them only
+            self._packed[signal] = [
+                run.unflatten(-1, values.shape[2:]) for run in self.packing.pack(values.flatten(2))
+            ]
+        return self._packed[signal][unit.image][unit.slots][tokens]
 
 
 @dataclass
@@ -115,6 +213,7 @@ class VisionTower(ABC):
             model compares their number with its placeholders.
         has_cls: whether token 0 is a class token.
         refuses: methods of `module` that cannot work on pruned tokens -> reason.
+        side_outputs: further modules behind its layers whose outputs must be put back to full length.
     """
 
     module: nn.Module
@@ -125,10 +224,15 @@ class VisionTower(ABC):
     restores: bool
     has_cls: bool
     refuses: Mapping[str, str] = {}
+    side_outputs: Sequence[nn.Module] = ()
 
     @abstractmethod
-    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Encoding:
-        """Describes the images of an encoder call from the arguments of `module`."""
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: FeatureCall | None) -> Encoding:
+        """Describes the images of an encoder call from the arguments of `module`.
+
+        Args:
+            call: the feature call that it serves, where the integration names any.
+        """
 
     @abstractmethod
     def tap(self, layer: int) -> AttentionTap:
@@ -175,10 +279,16 @@ class Decoder:
         attention: layer index -> its attention module.
         projections: attention module -> (module that outputs q, module that outputs k), unrotated [B, L, *].
         rotate: (attention module, x [B, H, R, d], cos, sin at these rows) -> rotated x.
-        causal_mask: (config, hidden [B, M, D], valid [B, L] or None, cache, layer) -> mask a layer expects.
-        rotary: (hidden, position_ids) -> position embeddings.
+        causal_mask: (hidden [B, M, D], valid [B, L] or None, cache, layer) -> mask a full-attention layer expects.
+        rotary: (hidden, position_ids, kind of layer) -> position embeddings.
         reads_positions: whether attention now infers packed sequences from gaps in the position ids.
         mrope: whether position ids have several rows.
+        kinds: kind of every layer; layers of one kind share masks and position embeddings.
+        windows: kind -> sliding window in tokens, for kinds that have one.
+        additive_mask: whether layers now want a float mask (eager attention) rather than a bool mask.
+        prepares_masks: whether the whole model hands ready 4D masks to its language model.
+        inject: name of a method (hidden, visual mask [B, L], features [V, D]) by which the language model adds
+            visual features between its layers.
     """
 
     module: nn.Module
@@ -187,9 +297,45 @@ class Decoder:
     projections: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     causal_mask: Callable[[Tensor, Tensor | None, Any, int], Any]
-    rotary: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
     reads_positions: Callable[[], bool]
+    additive_mask: Callable[[], bool]
+    kinds: Sequence[str]
+    windows: Mapping[str, int]
     mrope: bool = False
+    prepares_masks: bool = False
+    inject: str | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A prompt whose pictures are embeddings already.
+
+    Attributes:
+        ids: [B, L] token ids at full length, the placeholder's at visual tokens.
+        mask: [B, L] attention mask, or None.
+        used: encoder images in the order of their tokens; others are not shown.
+        key: a tensor that identifies the pictures.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    used: Sequence[int]
+    key: Tensor
+
+
+@dataclass(frozen=True)
+class MergeCall:
+    """A method of a model that merges pictures into embeddings before the model is called with them.
+
+    Attributes:
+        owner, name: the method.
+        read: (arguments by name, its result) -> what it merged, or None without pictures.
+    """
+
+    owner: nn.Module
+    name: str
+    read: Callable[[Mapping[str, Any], Any], Merged | None]
 
 
 @dataclass
@@ -198,14 +344,18 @@ class Integration:
 
     Attributes:
         facts: what methods may know.
-        tower: its vision encoder.
+        towers: its vision encoders.
         decoder: its language model; None for an encoder alone.
         base: the module that merges features into embeddings; receives `input_ids`.
         placeholders: modality -> id of its placeholder token.
+        feature_calls: modality -> name of the method of `base` whose arguments the towers have to know.
+        merge_call: where pictures become embeddings, for models that are called with embeddings.
     """
 
     facts: ModelFacts
-    tower: VisionTower
+    towers: Sequence[VisionTower]
     decoder: Decoder | None = None
     base: nn.Module | None = None
     placeholders: Mapping[str, int] = field(default_factory=dict)
+    feature_calls: Mapping[str, str] = field(default_factory=dict)
+    merge_call: MergeCall | None = None

@@ -58,7 +58,7 @@ def integrate(model: nn.Module) -> Integration:
         module=model,
         layers=blocks,
         used_layers=len(blocks),
-        projector=model.get_submodule("norm"),
+        projector=None,
         restores=False,
         has_cls=has_cls,
         prefix=net.num_prefix_tokens,
@@ -88,5 +88,5 @@ def integrate(model: nn.Module) -> Integration:
             if has_cls
             else {"cls_attention": f"this {name} has no class token; use scorer='received'"},
         ),
-        tower=tower,
+        towers=[tower],
     )

@@ -10,9 +10,32 @@ from torch import Tensor, nn
 
 from vtprune import ops
 from vtprune.errors import UnsupportedCallError
-from vtprune.integrations.base import AttentionTap, Call, Encoding, VisionTower
+from vtprune.integrations.base import AttentionTap, Call, Encoding, FeatureCall, Packing, VisionTower
 from vtprune.layout import TokenLayout
 from vtprune.method import Signal
+
+
+WHOLE = "tokens of this encoder cannot be removed inside it; its integration must not offer such a site"
+
+
+def frame_layouts(grid: tuple[int, int], n: int, call: FeatureCall | None) -> list[TokenLayout]:
+    """Layouts of n equally large images, or of the frames of videos where the call says that they are such."""
+    if call is None or call.modality != "video":
+        return [TokenLayout(*grid, image=i) for i in range(n)]
+    frames = call.arguments["pixel_values_videos"].shape[1]
+    return [TokenLayout(*grid, "video", i // frames, i % frames) for i in range(n)]
+
+
+def resample(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Values [I, H W, ...] of a grid on a coarser grid: means of blocks, bilinear where sizes do not divide."""
+    if old == new:
+        return x
+    planes = x.flatten(2).transpose(1, 2).unflatten(-1, old).float()
+    if old[0] % new[0] or old[1] % new[1]:
+        planes = nn.functional.interpolate(planes, new, mode="bilinear")
+    else:
+        planes = nn.functional.avg_pool2d(planes, (old[0] // new[0], old[1] // new[1]))
+    return planes.flatten(2).transpose(1, 2).reshape(len(x), new[0] * new[1], *x.shape[2:]).to(x.dtype)
 
 
 def rectangle(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +59,13 @@ class BatchedViT(VisionTower):
         tap: layer index -> AttentionTap.
         additive_mask: whether layers want a float mask (eager attention) rather than a bool mask.
         mask_argument: "positional" if the mask is the layer's second argument, else its keyword.
-        accepts_ragged: gives the reason why images of one batch cannot keep different counts, or None.
+        accepts_ragged: gives the reason why images of one batch cannot keep different counts between layers, or None.
+        pools: gives the reason why padding behind the last layer would reach a pooled output, or None.
+        tokens: (patch grid, call) -> grid of the tokens that the model makes of it, where they differ.
+        pack: (call, layouts) -> how the prompt shows the images.
+        visible: keyword arguments of `module` -> [I, patches] bool, False for padding patches, or None.
+        tables: name of the layers' keyword argument that holds rotary tables of the patches (see `prefix`): [N, D] or,
+            per head, [H, N, D], or a tuple of such.
         entry, refuses: see :class:`VisionTower`.
     """
 
@@ -55,6 +84,11 @@ class BatchedViT(VisionTower):
         additive_mask: Callable[[], bool],
         mask_argument: str = "positional",
         accepts_ragged: Callable[[], str | None] = lambda: None,
+        pools: Callable[[], str | None] = lambda: None,
+        tokens: Callable[[tuple[int, int], FeatureCall | None], tuple[int, int]] = lambda grid, call: grid,
+        pack: Callable[[FeatureCall, Sequence[TokenLayout]], Packing | None] | None = None,
+        visible: Callable[[Mapping[str, Any]], Tensor | None] = lambda kwargs: None,
+        tables: str | None = None,
         entry: nn.Module | None = None,
         refuses: Mapping[str, str] | None = None,
     ) -> None:
@@ -63,13 +97,18 @@ class BatchedViT(VisionTower):
         self.projector, self.restores, self.has_cls = projector, restores, has_cls
         self.prefix, self.projector_prefix = prefix, projector_prefix
         self._grid, self._tap, self._additive = grid, tap, additive_mask
-        self._mask_argument, self._accepts_ragged = mask_argument, accepts_ragged
+        self._mask_argument, self._accepts_ragged, self._pools = mask_argument, accepts_ragged, pools
+        self._tokens, self._pack, self._visible, self._tables = tokens, pack, visible, tables
 
-    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Encoding:
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: FeatureCall | None) -> Encoding:
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
-        rows, cols = self._grid(*pixels.shape[-2:])
-        layouts = [TokenLayout(rows, cols, image=i) for i in range(len(pixels))]
-        return Encoding(layouts, lambda: list(pixels), pixels.device)
+        patches = self._grid(*pixels.shape[-2:])
+        layouts = frame_layouts(self._tokens(patches, call), len(pixels), call)
+        packing = self._pack(call, layouts) if self._pack is not None and call is not None else None
+        packing = None if packing is None else packing.to(pixels.device)
+        encoding = Encoding(self, layouts, lambda: list(pixels), pixels.device, packing)
+        encoding.extra.update(patches=patches, valid=self._visible(kwargs))
+        return encoding
 
     def tap(self, layer: int) -> AttentionTap:
         return self._tap(layer)
@@ -84,13 +123,22 @@ class BatchedViT(VisionTower):
         kwargs: Mapping[str, Any],
     ) -> list[Tensor]:
         p, valid = self.prefix, encoding.extra.get("valid")
+        if valid is None and kwargs.get(self._mask_argument) is not None:
+            raise UnsupportedCallError(
+                f"the {type(self.module).__name__} was called with an {self._mask_argument}, which measured signals "
+                "would ignore; leave it out, or use a method that reads no attention"
+            )
         if signal.kind == "encoder_keys":
-            return self._rows(encoding, k[:, :, p:].mean(1))
-        if signal.kind == "cls_attention":
-            attention = ops.attention_rows(q[:, :, :1], k, scale, valid)[:, :, 0]
+            values = k[:, :, p:].mean(1)
+        elif signal.kind == "cls_attention":
+            values = ops.attention_rows(q[:, :, :1], k, scale, valid)[:, :, 0, p:].transpose(1, 2)
         else:
-            attention = ops.received_attention(q, k, scale, valid)
-        return self._rows(encoding, attention[:, :, p:].transpose(1, 2))
+            values = ops.received_attention(q, k, scale, valid)[:, :, p:].transpose(1, 2)
+        grid = encoding.layouts[0]
+        # Models that make one token of several patches do so behind their last layer: all patches are here.
+        if (grid.rows, grid.cols) != encoding.extra["patches"]:
+            values = resample(values, encoding.extra["patches"], (grid.rows, grid.cols))
+        return self._rows(encoding, values)
 
     def _rows(self, encoding: Encoding, x: Tensor) -> list[Tensor]:
         return [row[:n] for row, n in zip(x, encoding.counts, strict=True)]
@@ -105,7 +153,7 @@ class BatchedViT(VisionTower):
         p = self.projector_prefix if at_projector else self.prefix
         tokens, valid = rectangle(rows)
         if valid is not None and not (at_projector and self.restores):
-            reason = self._accepts_ragged()
+            reason = self._pools() or (None if at_projector else self._accepts_ragged())
             if reason:
                 raise UnsupportedCallError(
                     f"images of this batch keep different numbers of tokens ({[len(r) for r in rows]}) in the encoder, "
@@ -117,6 +165,8 @@ class BatchedViT(VisionTower):
         return torch.cat([hidden[:, :p], tokens], 1) if p else tokens
 
     def adapt(self, encoding: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if self._tables is not None and encoding.kept:
+            kwargs = {**kwargs, self._tables: self._gathered(encoding, kwargs.get(self._tables))}
         positional = self._mask_argument == "positional" and len(args) > 1
         name = "attention_mask" if self._mask_argument == "positional" else self._mask_argument
         if (args[1] if positional else kwargs.get(name)) is not None:
@@ -137,11 +187,26 @@ class BatchedViT(VisionTower):
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, name: mask}
 
+    def _gathered(self, encoding: Encoding, tables: Any) -> Any:
+        """Rotary tables [N, D] or [H, N, D] of the full grid, or a tuple of such, for the surviving patches.
+
+        [I, 1, K, D] or [I, H, K, D].
+        """
+        if tables is None:
+            return None
+        if isinstance(tables, tuple):
+            return tuple(self._gathered(encoding, t) for t in tables)
+        rows = tables.movedim(-2, 0)
+        gathered = rectangle([rows[alive] for alive in encoding.alive])[0]  # [I, K, D] or [I, K, H, D]
+        return gathered.unsqueeze(1) if tables.ndim == 2 else gathered.transpose(1, 2)
+
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
-        n = encoding.layouts[0].n_tokens
-        full = projected.new_zeros(len(projected), n, projected.shape[-1])
+        p, n = self.projector_prefix, encoding.layouts[0].n_tokens
+        full = projected.new_zeros(len(projected), p + n, projected.shape[-1])
+        full[:, :p] = projected[:, :p]
         image = torch.cat([torch.full_like(alive, i) for i, alive in enumerate(encoding.alive)])
-        return full.index_put((image, torch.cat(encoding.alive)), torch.cat(self._rows(encoding, projected)))
+        rows = torch.cat(self._rows(encoding, projected[:, p:]))
+        return full.index_put((image, torch.cat(encoding.alive) + p), rows)
 
 
 class PackedViT(VisionTower):
@@ -155,6 +220,7 @@ class PackedViT(VisionTower):
         unit: patches per token.
         order: grid_thw [images, 3] -> index [tokens] of the language-model token at every packed position.
         tap: layer index -> AttentionTap.
+        side_outputs: see :class:`VisionTower`.
     """
 
     has_cls = False
@@ -168,13 +234,14 @@ class PackedViT(VisionTower):
         unit: int,
         order: Callable[[Tensor], Tensor],
         tap: Callable[[int], AttentionTap],
+        side_outputs: Sequence[nn.Module] = (),
     ) -> None:
         self.module, self.entry, self.layers, self.projector = module, module, layers, projector
-        self.used_layers = len(layers)
+        self.used_layers, self.side_outputs = len(layers), side_outputs
         self.unit = unit
         self._order, self._tap = order, tap
 
-    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Encoding:
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: FeatureCall | None) -> Encoding:
         pixels: Tensor = args[0] if args else kwargs["hidden_states"]
         grid: Tensor = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         side = int(self.unit**0.5)
@@ -183,7 +250,7 @@ class PackedViT(VisionTower):
             modality = "video" if t > 1 else "image"
             layouts += [TokenLayout(h // side, w // side, modality, image, time) for time in range(t)]
         sizes = [layout.n_tokens * self.unit for layout in layouts]
-        encoding = Encoding(layouts, lambda: pixels.split(sizes), pixels.device)
+        encoding = Encoding(self, layouts, lambda: pixels.split(sizes), pixels.device)
         order = self._order(grid).to(pixels.device)
         encoding.extra.update(order=order, full_order=order, rows=None)
         return encoding
@@ -254,3 +321,82 @@ class PackedViT(VisionTower):
         full_order: Tensor = encoding.extra["full_order"]
         full = projected.new_zeros(len(full_order), projected.shape[-1])
         return full.index_put((encoding.extra["order"],), projected)[full_order]
+
+
+class PackedGrid(VisionTower):
+    """Encoders that pack all images into one [1, patches, D] sequence in raster order, such as Pixtral.
+
+    Several patches become a token behind the encoder, so that tokens cannot be removed in it; signals can be read.
+
+    Args:
+        module, layers: see :class:`VisionTower`.
+        patch: pixels along one side of a patch.
+        merge: patches along one side of a token.
+        tap: layer index -> AttentionTap.
+    """
+
+    has_cls = False
+    restores = True
+    projector = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        patch: int,
+        merge: int,
+        tap: Callable[[int], AttentionTap],
+    ) -> None:
+        self.module, self.entry, self.layers, self.used_layers = module, module, layers, len(layers)
+        self.patch, self.merge, self._tap = patch, merge, tap
+
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: FeatureCall | None) -> Encoding:
+        pixels: Tensor = args[0] if args else kwargs["pixel_values"]
+        sizes = kwargs.get("image_sizes")
+        sizes = [tuple(pixels.shape[-2:])] * len(pixels) if sizes is None else torch.as_tensor(sizes).tolist()
+        patches = [(int(h) // self.patch, int(w) // self.patch) for h, w in sizes]
+        layouts = [TokenLayout(h // self.merge, w // self.merge, image=i) for i, (h, w) in enumerate(patches)]
+        crops = [p[:, :h, :w] for p, (h, w) in zip(pixels, sizes, strict=True)]
+        encoding = Encoding(self, layouts, lambda: crops, pixels.device)
+        encoding.extra["patches"] = patches
+        return encoding
+
+    def tap(self, layer: int) -> AttentionTap:
+        return self._tap(layer)
+
+    def measure(
+        self,
+        encoding: Encoding,
+        signal: Signal,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        kwargs: Mapping[str, Any],
+    ) -> list[Tensor]:
+        patches: list[tuple[int, int]] = encoding.extra["patches"]
+        lengths = [h * w for h, w in patches]
+        out = []
+        for grid, layout, a, b in zip(
+            patches, encoding.layouts, q.split(lengths, 2), k.split(lengths, 2), strict=True
+        ):
+            values = (
+                b.mean(1)
+                if signal.kind == "encoder_keys"
+                else ops.received_attention(a, b, scale).transpose(1, 2)
+            )
+            out.append(resample(values, grid, (layout.rows, layout.cols))[0])
+        return out
+
+    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
+        raise NotImplementedError(WHOLE)
+
+    def reduce(
+        self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool
+    ) -> Tensor:
+        raise NotImplementedError(WHOLE)
+
+    def adapt(self, encoding: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        raise NotImplementedError(WHOLE)
+
+    def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
+        raise NotImplementedError(WHOLE)

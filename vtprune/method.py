@@ -84,6 +84,11 @@ class ModelFacts:
     missing: Mapping[str, str]
     mrope: bool = False
 
+    def behind_encoder(self) -> Site:
+        """The first site behind the encoder: before the projector, or behind it where the model pools or resizes
+        features in between."""
+        return Site("encoder" if "encoder" in self.sites else "projector")
+
 
 class View:
     """The tokens of G images that all have N tokens left at this site.

@@ -62,16 +62,15 @@ class Patch:
                     signals.setdefault(signal, str(stage.site))
         alone = integration.decoder is None
         encoder = EncoderEngine(
-            integration.tower, vision, signals, self._number, self._encoder_finished if alone else None
+            integration.towers, vision, signals, self._number, self._encoder_finished if alone else None
         )
         encoder.attach(self._journal)
         if integration.decoder is not None and integration.base is not None:
+            encoder.attach_calls(self._journal, integration.base, integration.feature_calls)
             from vtprune.engine.decoder import DecoderEngine
 
             DecoderEngine(
-                integration.decoder,
-                integration.base,
-                integration.placeholders,
+                integration,
                 encoder,
                 [s for s in self.stages if s.site.kind in ("projector", "decoder")],
                 any(s.positions == "dense" for s in vision),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vtprune.errors import UnsupportedCallError
 
@@ -26,12 +26,14 @@ class SegmentState:
         length: physical slots per row.
         valid: [B, length] bool, None when no slot is padding.
         shift: [B] positions by which tokens of this segment moved down (dense policy), None for 0.
+        columns: [B, length] column of every slot in the whole sequence; None where no layer has a window.
     """
 
     first_layer: int
     length: int
     valid: Tensor | None
     shift: Tensor | None
+    columns: Tensor | None
 
 
 @dataclass
@@ -96,6 +98,8 @@ class PrunedDynamicCache(DynamicCache):
                 segment.valid = change(segment.valid)
             if segment.shift is not None:
                 segment.shift = change(segment.shift)
+            if segment.columns is not None:
+                segment.columns = change(segment.columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -128,6 +132,8 @@ class PrunedDynamicCache(DynamicCache):
             segment.length -= n
             if segment.valid is not None and n:
                 segment.valid = segment.valid[:, :-n]
+            if segment.columns is not None and n:
+                segment.columns = segment.columns[:, :-n]
 
     def reset(self) -> None:
         """Empties the cache; it is an ordinary `DynamicCache` again afterwards."""
@@ -145,15 +151,31 @@ def check_cache(cache: object) -> None:
     """Raises UnsupportedCallError for caches whose layers cannot differ in length."""
     if cache is None or isinstance(cache, PrunedDynamicCache):
         return
-    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = type(cache) is DynamicCache and all(
+        type(layer) is DynamicLayer or _is_empty_window(layer) for layer in cache.layers
+    )
     if not plain:
         kind = type(cache).__name__
         if isinstance(cache, Cache) and type(cache) is DynamicCache:
-            kind += f" with {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
+            kind += f" with filled {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
         raise UnsupportedCallError(
-            f"a {kind} cannot hold a pruned sequence (its layers have one fixed length or layout). Use a "
+            f"a {kind} cannot hold a pruned sequence (its layers have one fixed length or layout). Use a fresh "
             "DynamicCache: leave `cache_implementation` unset, or remove the patch for this call."
         )
+
+
+def _is_empty_window(layer: object) -> bool:
+    return type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
+
+
+def widen(cache: Any) -> None:
+    """Replaces the empty sliding-window layers of a cache by such that keep everything.
+
+    A window counts tokens of the unpruned sequence, a `DynamicSlidingWindowLayer` drops slots: it would drop
+    survivors too early or too late. The window is kept by the masks instead.
+    """
+    if cache is not None:
+        cache.layers = [DynamicLayer() if _is_empty_window(layer) else layer for layer in cache.layers]
 
 
 def physical_length(cache: object, layer: int) -> int:

@@ -48,7 +48,7 @@ def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (c, k) in enumerate(zip(images, budgets, strict=True)):
         n = len(c.index)
-        if stage.keep is not None and k == n and stage.must_prune:
+        if n == 0 or (stage.keep is not None and k == n and stage.must_prune):
             out[i] = Selection.everything(1, n, c.index.device)
         else:
             groups.setdefault((n, k), []).append(i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vtprune import ops
-from vtprune.engine.cache import done, install, state_of, writing
+from vtprune.engine.cache import done, install, state_of, widen, writing
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.encoder import REPLACED, EncoderEngine
 from vtprune.engine.journal import Bound, Journal
-from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, open_frame
-from vtprune.engine.sequence import TokenSequence, gather_positions, gather_table
+from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, merged_frame, open_frame
+from vtprune.engine.sequence import Segment, TokenSequence, gather_positions, gather_table
 from vtprune.errors import InertPruningError, UnsupportedCallError
-from vtprune.integrations.base import Decoder
+from vtprune.integrations.base import Decoder, Integration
 from vtprune.method import Signal, Stage
 from vtprune.report import LayerReport, Report, Stopwatch
 from vtprune.selection import Selection
@@ -35,6 +36,7 @@ class Run:
     Attributes:
         tokens: its tokens and slots.
         images: visual tokens of this pass; empty in decoding.
+        ready: the masks that the whole model prepared for its language model, by kind of layer.
         memo: decisions to repeat instead of deciding again.
         report: None when the pass holds no visual tokens.
         captured: (layer, "q" | "k") -> projected last-token queries or all keys, unrotated.
@@ -43,6 +45,7 @@ class Run:
 
     tokens: TokenSequence
     images: list[PromptImage] = field(default_factory=list)
+    ready: dict[str, Tensor] = field(default_factory=dict)
     memo: Memo | None = None
     report: Report | None = None
     captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -53,7 +56,7 @@ class DecoderEngine(Bound):
     """Hooks of one patch on one language model.
 
     Args:
-        decoder, base, placeholders: see :class:`~vtprune.integrations.base.Integration`.
+        integration: the model.
         encoder: the engine on its vision encoder.
         stages: stages at sites `projector` and `decoder`, in order.
         renumber_encoder: whether stages in and behind the encoder renumber positions.
@@ -63,9 +66,7 @@ class DecoderEngine(Bound):
 
     def __init__(
         self,
-        decoder: Decoder,
-        base: nn.Module,
-        placeholders: Mapping[str, int],
+        integration: Integration,
         encoder: EncoderEngine,
         stages: Sequence[Stage],
         renumber_encoder: bool,
@@ -73,19 +74,29 @@ class DecoderEngine(Bound):
         new_report: Callable[[], Report],
         publish: Callable[[Report], None],
     ) -> None:
-        self.decoder, self.base, self.placeholders, self.encoder = decoder, base, placeholders, encoder
+        assert integration.decoder is not None
+        assert integration.base is not None
+        self.decoder: Decoder = integration.decoder
+        self.base: nn.Module = integration.base
+        self.placeholders, self.merge_call = integration.placeholders, integration.merge_call
+        self.encoder = encoder
         self.stages = list(enumerate(stages))
         self.renumber_encoder, self.owner = renumber_encoder, owner
         self.new_report, self.publish = new_report, publish
         self.local = threading.local()
         self.memos = Memos()
-        self.signature = inspect.signature(base.forward)
+        self.signature = inspect.signature(self.base.forward)
+        # Masks that stock code makes for full rows are replaced in every layer, not only behind a stage.
+        self.masks_everywhere = self.decoder.prepares_masks or bool(self.decoder.windows)
         self.borders = sorted({s.site.layer or 0 for s in stages if s.site.kind == "decoder"})
         self.text_layers = sorted({n.layer for s in stages for n in s.needs if n.kind == "text_attention"})
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
         decoder = self.decoder
+        if self.merge_call is not None:
+            owner, name = self.merge_call.owner, self.merge_call.name
+            journal.attribute(owner, name, self._merging(getattr(owner, name)))
         journal.pre_hook(self.base, self._enter)
         journal.hook(self.base, self._leave, always=True)
         journal.pre_hook(decoder.module, self._begin)
@@ -94,8 +105,11 @@ class DecoderEngine(Bound):
             for name, projection in zip("qk", decoder.projections(decoder.attention(layer)), strict=True):
                 journal.hook(projection, self._capture(layer, name))
         first = min([*self.borders, *self.text_layers], default=len(decoder.layers))
-        if decoder.reads_positions():
+        if decoder.reads_positions() or self.masks_everywhere:
             first = 0
+        if decoder.inject is not None:
+            stock = getattr(decoder.module, decoder.inject)
+            journal.attribute(decoder.module, decoder.inject, self._injection(stock))
         for layer in range(first, len(decoder.layers)):
             journal.pre_hook(decoder.layers[layer], self._layer_hook(layer))
 
@@ -105,8 +119,35 @@ class DecoderEngine(Bound):
 
     # The whole model -------------------------------------------------------------------------------------------
 
+    def _merging(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps the method that merges pictures into embeddings, before or within a call of the model."""
+        assert self.merge_call is not None
+        signature, read = inspect.signature(stock), self.merge_call.read
+
+        @functools.wraps(stock)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.encoder.history(restart=True)
+            result = stock(*args, **kwargs)
+            merged = read(signature.bind_partial(*args, **kwargs).arguments, result)
+            if merged is not None:
+                frame = merged_frame(merged, list(self.encoder.history()))
+                if getattr(self.local, "frame", None) is None:
+                    self.local.pending = frame
+                else:
+                    self.local.frame = frame
+            return result
+
+        return call
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = open_frame(self.signature, args, kwargs)
+        pending: Frame | None = getattr(self.local, "pending", None)
+        if pending is not None:
+            self.local.pending = None
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is not None:
+                self.local.frame = pending.repeated(len(embeds))
+                return
+        frame = open_frame(self.signature, args, kwargs, embeds=self.merge_call is not None)
         if frame.visual and not frame.features:
             self.encoder.history(restart=True)
         self.local.frame = frame
@@ -144,8 +185,25 @@ class DecoderEngine(Bound):
             embeds = module.get_submodule("embed_tokens")(ids)
             args, kwargs = (), {k: v for k, v in kwargs.items() if k != "input_ids"}
         assert embeds is not None
-        run = Run(TokenSequence.open(embeds, kwargs.get("attention_mask"), cache, state))
+        given = kwargs.get("attention_mask")
+        ready = _ready_masks(given, self.decoder.kinds)
+        mask = given if isinstance(given, Tensor) and not ready else None
+        if frame is not None and frame.mask is not None:
+            mask = frame.mask
+        windowed = bool(self.decoder.windows)
+        run = Run(TokenSequence.open(embeds, mask, cache, state, windowed))
+        if windowed and self.decoder.reads_positions():
+            raise UnsupportedCallError(
+                "FlashAttention counts the window of sliding layers in slots, which is wrong once tokens are removed; "
+                "load the model with attn_implementation='sdpa'"
+            )
         if frame is not None and frame.visual:
+            if ready and run.tokens.past:
+                raise UnsupportedCallError(
+                    f"new pictures behind a cache are not supported for {type(self.base).__name__}, which makes masks "
+                    "of its own around pictures; run the whole conversation at once"
+                )
+            run.ready = ready
             run.images, encodings = locate(
                 frame, self.placeholders, self.encoder.history(), self.owner, embeds.device
             )
@@ -159,6 +217,8 @@ class DecoderEngine(Bound):
                 run.memo = self.memos.recall(frame.key, frame.ids)
         run.tokens.set_positions(kwargs.get("position_ids"), self.decoder.mrope)
         kwargs = {**kwargs, **self._input(run, embeds)}
+        if ready:
+            kwargs["attention_mask"] = given  # replaced layer by layer
         self.local.run = run
         self.local.token = writing(state)
         return args, kwargs
@@ -250,26 +310,31 @@ class DecoderEngine(Bound):
 
     def _layer_hook(self, layer: int) -> Callable[..., Any]:
         stages = [(n, s) for n, s in self.stages if s.site.kind == "decoder" and s.site.layer == layer]
+        kind = self.decoder.kinds[layer]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             run = self._run()
             if run is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            first = run.tokens.segments[0]
-            if first.tables is None:
-                first.tables, first.position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-                run.tokens.cache = kwargs.get("past_key_values")
+            tokens = run.tokens
+            tokens.cache = kwargs.get("past_key_values")
+            if self.decoder.windows and layer == 0 and not tokens.past:
+                widen(tokens.cache)
+            first = tokens.segments[0]
+            first.tables.setdefault(kind, kwargs["position_embeddings"])
+            if first.position_ids is None:
+                first.position_ids = kwargs.get("position_ids")
             if stages:
                 hidden = self._enter_segment(run, layer, stages, hidden)
-            segment = run.tokens.now
+            segment = tokens.now
+            if segment.first_layer or (
+                self.masks_everywhere and (segment.col is not None or tokens.state is not None)
+            ):
+                kwargs = {**kwargs, "attention_mask": self._mask(run, segment, layer, hidden)}
             if segment.first_layer:
-                kwargs = {
-                    **kwargs,
-                    "attention_mask": segment.mask,
-                    "position_embeddings": segment.tables,
-                    "position_ids": segment.position_ids,
-                }
+                kwargs["position_embeddings"] = self._tables(run, segment, kind, hidden)
+                kwargs["position_ids"] = segment.position_ids
             if self.decoder.reads_positions():
                 # Survivors have gaps in their positions, which would be read as borders of packed sequences.
                 kwargs = {**kwargs, "position_ids": None}
@@ -283,7 +348,7 @@ class DecoderEngine(Bound):
         self, run: Run, layer: int, stages: Sequence[tuple[int, Stage]], hidden: Tensor
     ) -> Tensor:
         tokens = run.tokens
-        before = tokens.now
+        before, first = tokens.now, tokens.segments[0]
         if run.images:
             slot_of = tokens.slot_of(before)
             for number, stage in stages:
@@ -291,19 +356,68 @@ class DecoderEngine(Bound):
                     run, number, stage, hidden, lambda i, index: slot_of[i.row, i.cols[index]]
                 )
         segment = tokens.begin_segment(layer)
-        segment.tables, segment.position_ids = before.tables, before.position_ids
         if segment.col is not None:
-            index = tokens.slot_of(before).gather(1, segment.col)
-            hidden = ops.gather_tokens(hidden, index)
-            assert before.tables is not None
-            segment.tables = tuple(gather_table(t, index) for t in before.tables)
-            if before.position_ids is not None:
-                segment.position_ids = gather_positions(before.position_ids, index)
-        if any(stage.positions == "dense" for _, stage in stages):
+            hidden = ops.gather_tokens(hidden, tokens.slot_of(before).gather(1, segment.col))
+            segment.index = tokens.slot_of(first).gather(1, segment.col)
+        segment.renumbered = before.renumbered or any(stage.positions == "dense" for _, stage in stages)
+        segment.position_ids = first.position_ids
+        if segment.renumbered:
             segment.position_ids = tokens.position_ids(segment)
-            segment.tables = self.decoder.rotary(hidden, segment.position_ids)
-        segment.mask = self.decoder.causal_mask(hidden, segment.all_valid, tokens.cache, layer)
+        elif segment.index is not None and first.position_ids is not None:
+            segment.position_ids = gather_positions(first.position_ids, segment.index)
         return hidden
+
+    def _tables(self, run: Run, segment: Segment, kind: str, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Position embeddings of a segment's slots for one kind of layer."""
+        if kind not in segment.tables:
+            tables = run.tokens.segments[0].tables[kind]
+            if segment.renumbered:
+                tables = self.decoder.rotary(hidden, run.tokens.position_ids(segment), kind)
+            elif segment.index is not None:
+                index = segment.index
+                tables = tuple(gather_table(t, index) for t in tables)
+            segment.tables[kind] = tables
+        return segment.tables[kind]
+
+    def _mask(self, run: Run, segment: Segment, layer: int, hidden: Tensor) -> Any:
+        """Attention mask of a segment for the kind of a layer, about to run as the first of its kind."""
+        kind = self.decoder.kinds[layer]
+        if kind not in segment.masks:
+            segment.masks[kind] = self._make_mask(run, segment, layer, hidden)
+        return segment.masks[kind]
+
+    def _make_mask(self, run: Run, segment: Segment, layer: int, hidden: Tensor) -> Any:
+        kind = self.decoder.kinds[layer]
+        if kind in run.ready:
+            return _gather_mask(run.ready[kind], segment)
+        if kind not in self.decoder.windows:
+            # Sized by this layer: those before it have taken up the new tokens already.
+            return self.decoder.causal_mask(hidden, segment.all_valid, run.tokens.cache, layer)
+        allowed = _in_window(segment, self.decoder.windows[kind])
+        if not self.decoder.additive_mask():
+            return allowed
+        return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+            ~allowed, torch.finfo(hidden.dtype).min
+        )
+
+    def _injection(self, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Adds visual features between layers to the survivors they belong to."""
+
+        def inject(hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+            run = self._run()
+            if run is None or run.tokens.now.col is None:
+                return stock(hidden, visual, features)
+            segment = run.tokens.now
+            col = segment.col
+            assert col is not None
+            visual = visual.to(col.device)
+            rank = (visual.flatten().cumsum(0) - 1).view_as(visual)
+            survives = visual.gather(1, col)
+            if segment.valid is not None:
+                survives &= segment.valid
+            return stock(hidden, survives, features[rank.gather(1, col)[survives].to(features.device)])
+
+        return inject
 
     # Shared by both kinds of sites -----------------------------------------------------------------------------
 
@@ -347,11 +461,11 @@ class DecoderEngine(Bound):
             stage,
             [
                 Candidate(
-                    layout=i.encoding.layouts[i.number],
+                    layout=i.unit.layout,
                     index=i.alive,
                     features=rows,
                     signal=lambda s, i=i: signal(i, s),  # type: ignore[misc]
-                    seed=lambda i=i: i.encoding.seeds()[i.number],  # type: ignore[misc]
+                    seed=i.seed,
                 )
                 for i, rows in zip(run.images, features, strict=True)
             ],
@@ -361,7 +475,8 @@ class DecoderEngine(Bound):
         """[B, H, n_slots] attention of every row's last token over the new slots of the current segment."""
         tokens, segment = run.tokens, run.tokens.now
         attention: Any = self.decoder.attention(signal.layer)
-        assert segment.tables is not None
+        kind = self.decoder.kinds[signal.layer]
+        tables = segment.tables[kind]
 
         def heads(name: str) -> Tensor:
             x: Tensor = run.captured.pop((signal.layer, name)).unflatten(-1, (-1, attention.head_dim))
@@ -372,12 +487,16 @@ class DecoderEngine(Bound):
 
         with torch.no_grad():
             last = tokens.last_slot()
-            q = self.decoder.rotate(attention, heads("q"), *(gather_table(t, last) for t in segment.tables))
+            q = self.decoder.rotate(attention, heads("q"), *(gather_table(t, last) for t in tables))
             if tokens.cache is not None:
                 k: Tensor = tokens.cache.layers[signal.layer].keys
             else:
-                k = self.decoder.rotate(attention, heads("k"), *segment.tables)
-            rows = ops.attention_rows(q, k, attention.scaling, segment.all_valid)[:, :, 0]
+                k = self.decoder.rotate(attention, heads("k"), *tables)
+            visible = segment.all_valid
+            if kind in self.decoder.windows:
+                visible = _in_window(segment, self.decoder.windows[kind])[:, 0]
+                visible = visible.gather(1, last.unsqueeze(-1).expand(-1, -1, visible.shape[-1]))[:, 0]
+            rows = ops.attention_rows(q, k, attention.scaling, visible)[:, :, 0]
         return rows[:, :, -segment.n_slots :]
 
     # Reporting -------------------------------------------------------------------------------------------------
@@ -416,3 +535,40 @@ def _without(values: Tensor, index: Tensor) -> Tensor:
     stays = torch.ones(len(values), dtype=torch.bool, device=values.device)
     stays[index] = False
     return values[stays]
+
+
+def _ready_masks(given: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Kind of layer -> 4D mask [B or 1, 1, L, L] among the masks given to a language model."""
+    masks = given if isinstance(given, Mapping) else dict.fromkeys(kinds, given)
+    return {k: m for k, m in masks.items() if isinstance(m, Tensor) and m.ndim == 4}
+
+
+def _gather_mask(mask: Tensor, segment: Segment) -> Tensor:
+    """Rows and columns of a square 4D mask [B or 1, 1, L, L] that belong to a segment's slots."""
+    if segment.col is None:
+        return mask
+    col = segment.col
+    mask = mask.expand(len(col), -1, -1, -1)
+    mask = mask.gather(2, col[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, col[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+    if segment.valid is None:
+        return mask
+    hidden = ~segment.valid
+    # Padding sees itself, so that no row of the softmax is empty.
+    itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) & hidden.unsqueeze(-1)
+    shut, opened = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
+    return mask.masked_fill(hidden[:, None, None], shut).masked_fill(itself[:, None], opened)
+
+
+def _in_window(segment: Segment, window: int) -> Tensor:
+    """[B, 1, new, past + new] bool: causal, valid, and within the window counted in unpruned tokens."""
+    assert segment.columns is not None
+    keys = segment.columns
+    n, total = segment.n_slots, keys.shape[1]
+    queries = keys[:, -n:]
+    slots = torch.arange(total, device=keys.device)
+    causal = slots <= slots[-n:, None]
+    allowed = causal & (queries.unsqueeze(-1) - keys.unsqueeze(1) < window)
+    if segment.all_valid is not None:
+        allowed &= segment.all_valid.unsqueeze(1) | (slots == slots[-n:, None])
+    return allowed.unsqueeze(1)

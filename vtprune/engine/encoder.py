@@ -1,7 +1,9 @@
-"""Applies stages inside and behind a vision encoder, and collects the signals that later stages read."""
+"""Applies stages inside and behind vision encoders, and collects the signals that later stages read."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.journal import Bound, Journal
 from vtprune.errors import InertPruningError
-from vtprune.integrations.base import Encoding, VisionTower
+from vtprune.integrations.base import Encoding, FeatureCall, VisionTower
+from vtprune.layout import TokenLayout
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
 
@@ -27,10 +30,10 @@ REPLACED = (
 
 
 class EncoderEngine(Bound):
-    """Hooks of one patch on one vision encoder.
+    """Hooks of one patch on the vision encoders of one model.
 
     Args:
-        tower: where the tokens are.
+        towers: where the tokens are.
         stages: stages at sites `vit` and `encoder`, in order.
         signals: encoder signals that any stage reads, mapped to the site whose time they count for.
         owner: number of the patch.
@@ -39,36 +42,74 @@ class EncoderEngine(Bound):
 
     def __init__(
         self,
-        tower: VisionTower,
+        towers: Sequence[VisionTower],
         stages: Sequence[Stage],
         signals: Mapping[Signal, str],
         owner: int,
         finish: Callable[[Encoding], None] | None,
     ) -> None:
-        self.tower, self.stages, self.signals, self.owner, self.finish = tower, stages, signals, owner, finish
+        self.towers, self.stages, self.signals, self.owner, self.finish = (
+            towers,
+            stages,
+            signals,
+            owner,
+            finish,
+        )
         self.local = threading.local()
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
-        tower = self.tower
-        journal.pre_hook(tower.entry, self._open)
+        for tower in self.towers:
+            self._attach(journal, tower)
+        # Encoders of one model may share a projector.
+        for projector in {id(t.projector): t.projector for t in self.towers}.values():
+            if projector is not None and self.stages:
+                journal.pre_hook(projector, self._before_projector)
+                journal.hook(projector, self._after_projector)
+
+    def _attach(self, journal: Journal, tower: VisionTower) -> None:
+        journal.pre_hook(tower.entry, functools.partial(self._open, tower))
         journal.hook(tower.module, self._label)
         for layer in sorted({s.layer for s in self.signals}):
-            self._tap(journal, layer)
+            self._tap(journal, tower, layer)
         vit = [s for s in self.stages if s.site.kind == "vit"]
         if vit:
             first = min(s.site.layer or 0 for s in vit)
             for index in range(first, len(tower.layers)):
                 here = [s for s in vit if s.site.layer == index]
-                journal.pre_hook(tower.layers[index], self._layer_hook(here))
-        if tower.projector is not None and self.stages:
-            journal.pre_hook(tower.projector, self._before_projector)
-            if tower.restores:
-                journal.hook(tower.projector, self._after_projector)
-        if self.finish is not None and tower.projector is not None:
-            journal.hook(tower.projector, self._finish)
+                journal.pre_hook(tower.layers[index], self._layer_hook(tower, here))
+        if self.stages:
+            for module in tower.side_outputs:
+                journal.hook(module, self._after_projector)
+        if self.finish is not None:
+            journal.hook(tower.layers[-1], self._exit)
         for name, reason in tower.refuses.items():
             journal.refuse(tower.module, name, reason)
+
+    def attach_calls(self, journal: Journal, base: nn.Module, names: Mapping[str, str]) -> None:
+        """Wraps methods of `base` so that encoder runs know the arguments of the feature call they serve."""
+        for modality, name in names.items():
+            journal.attribute(base, name, self._wrapped(modality, getattr(base, name)))
+
+    def _wrapped(self, modality: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(stock)
+
+        @functools.wraps(stock)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = getattr(self.local, "call", None)
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+            self.local.call = FeatureCall(modality, {**arguments, **arguments.get("kwargs", {})})
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self.local.call = before
+
+        return call
+
+    def _current(self, tower: VisionTower | None = None) -> Encoding | None:
+        """The encoder run of this thread, if it is one of `tower`."""
+        encoding: Encoding | None = getattr(self.local, "encoding", None)
+        return encoding if encoding is None or tower in (None, encoding.tower) else None
 
     def history(self, restart: bool = False) -> list[Encoding]:
         """Encoder runs of this thread since the last restart."""
@@ -90,32 +131,34 @@ class EncoderEngine(Bound):
         watch: Stopwatch = encoding.watches.setdefault(site, Stopwatch(device))
         return watch
 
-    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.local.encoding = self.tower.open(args, kwargs)
+    def _open(
+        self, tower: VisionTower, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.local.encoding = tower.open(args, kwargs, getattr(self.local, "call", None))
         self.local.captured = {}
         self.history().append(self.local.encoding)
 
     def _label(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.finish is not None and getattr(self.local, "encoding", None) is not None:
+        encoding = self._current()
+        if self.finish is not None and encoding is not None:
             raise InertPruningError(f"the hook behind the last layer did not run. {REPLACED}")
         # The output object travels through generate() to the prefill; the encoding travels with it.
-        encoding = getattr(self.local, "encoding", None)
         if encoding is not None and not isinstance(output, (Tensor, tuple)):
             vars(output).setdefault(ATTRIBUTE, {})[self.owner] = encoding
 
-    def _tap(self, journal: Journal, layer: int) -> None:
-        tap = self.tower.tap(layer)
+    def _tap(self, journal: Journal, tower: VisionTower, layer: int) -> None:
+        tap = tower.tap(layer)
         wanted = [s for s in self.signals if s.layer == layer]
 
         def keep(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                if getattr(self.local, "encoding", None) is not None:
+                if self._current(tower) is not None:
                     self.local.captured[layer, i] = output
 
             return hook
 
         def measure(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            encoding: Encoding | None = getattr(self.local, "encoding", None)
+            encoding = self._current(tower)
             captured = getattr(self.local, "captured", {})
             outputs = [captured.pop((layer, i), None) for i in range(len(tap.projections))]
             if encoding is None or any(o is None for o in outputs):
@@ -124,69 +167,96 @@ class EncoderEngine(Bound):
                 for signal in wanted:
                     with self.watch(encoding, self.signals[signal], outputs[0].device):
                         q, k = tap.heads(outputs, kwargs)
-                        encoding.record(signal, self.tower.measure(encoding, signal, q, k, tap.scale, kwargs))
+                        encoding.record(signal, tower.measure(encoding, signal, q, k, tap.scale, kwargs))
 
         for i, projection in enumerate(tap.projections):
             journal.hook(projection, keep(i))
         journal.hook(tap.module, measure)
 
     def _select(self, encoding: Encoding, stage: Stage, rows: list[Tensor]) -> list[Tensor]:
+        """Lets a stage decide; returns the surviving rows of every image and narrows the encoding."""
+        before = encoding.alive
         with self.watch(encoding, str(stage.site), rows[0].device):
-            candidates = [
-                Candidate(
-                    layout=layout,
-                    index=encoding.alive[i],
-                    features=rows[i],
-                    signal=lambda s, i=i: encoding.signal(s, i),  # type: ignore[misc]
-                    seed=lambda i=i: encoding.seeds()[i],  # type: ignore[misc]
-                )
-                for i, layout in enumerate(encoding.layouts)
+            # (image, its grid as the stage sees it, alive tokens in that grid, the same in the encoder's grid)
+            seen: list[tuple[int, TokenLayout, Tensor, Tensor]] = []
+            if stage.site.kind == "vit" or encoding.packing is None:
+                seen = [(i, grid, before[i], before[i]) for i, grid in enumerate(encoding.layouts)]
+            else:
+                # What is never shown need not be projected, and must not take part of a budget.
+                for unit in encoding.packing.units:
+                    assert unit.source is not None
+                    index = encoding.shown(unit, before)
+                    seen.append((unit.number, unit.layout, index, unit.source[index]))
+            features = [
+                rows[i] if len(tokens) == len(before[i]) else rows[i][torch.searchsorted(before[i], tokens)]
+                for i, _, _, tokens in seen
             ]
-            selections = decide(stage, candidates)
-        encoding.apply(selections)
+            selections = decide(
+                stage,
+                [
+                    Candidate(
+                        layout=layout,
+                        index=index,
+                        features=x,
+                        signal=lambda s, i=i, tokens=tokens: encoding.signal(s, i, tokens),  # type: ignore[misc]
+                        seed=lambda i=i: encoding.seeds()[i],  # type: ignore[misc]
+                    )
+                    for (i, layout, index, tokens), x in zip(seen, features, strict=True)
+                ],
+            )
+        encoding.alive = [a[:0] for a in before]
+        kept = [r[:0] for r in rows]
+        for (i, _, _, tokens), x, selection in zip(seen, features, selections, strict=True):
+            encoding.alive[i] = tokens[selection.index[0]]
+            kept[i] = selection.apply(x)
         encoding.fired += 1
         encoding.kept[str(stage.site)] = list(encoding.alive)
-        return [s.apply(row) for s, row in zip(selections, rows, strict=True)]
+        return kept
 
-    def _layer_hook(self, stages: Sequence[Stage]) -> Callable[..., Any]:
+    def _layer_hook(self, tower: VisionTower, stages: Sequence[Stage]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            encoding: Encoding | None = getattr(self.local, "encoding", None)
+            encoding = self._current(tower)
             if encoding is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             for stage in stages:
-                rows = self._select(encoding, stage, self.tower.read(encoding, hidden, False))
-                hidden = self.tower.reduce(encoding, hidden, rows, False)
+                rows = self._select(encoding, stage, tower.read(encoding, hidden, False))
+                hidden = tower.reduce(encoding, hidden, rows, False)
             if args:
                 args = (hidden, *args[1:])
             else:
                 kwargs = {**kwargs, "hidden_states": hidden}
-            return self.tower.adapt(encoding, args, kwargs)
+            return tower.adapt(encoding, args, kwargs)
 
         return hook
 
+    def _behind(self, encoding: Encoding, features: Tensor) -> Tensor:
+        """Applies the stages at site `encoder`."""
+        for stage in self.stages:
+            if stage.site.kind == "encoder":
+                rows = self._select(encoding, stage, encoding.tower.read(encoding, features, True))
+                features = encoding.tower.reduce(encoding, features, rows, True)
+        return features
+
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        encoding: Encoding | None = getattr(self.local, "encoding", None)
-        stages = [s for s in self.stages if s.site.kind == "encoder"]
-        if encoding is None or not stages:
+        encoding = self._current()
+        if encoding is None:
             return None
-        features: Tensor = args[0]
-        for stage in stages:
-            rows = self._select(encoding, stage, self.tower.read(encoding, features, True))
-            features = self.tower.reduce(encoding, features, rows, True)
-        return (features, *args[1:]), kwargs
+        return (self._behind(encoding, args[0]), *args[1:]), kwargs
 
     def _after_projector(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        encoding: Encoding | None = getattr(self.local, "encoding", None)
-        return None if encoding is None else self.tower.restore(encoding, output)
+        encoding = self._current()
+        return None if encoding is None else encoding.tower.restore(encoding, output)
 
-    def _finish(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        encoding: Encoding | None = getattr(self.local, "encoding", None)
+    def _exit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Behind the last layer of an encoder alone."""
+        encoding = self._current()
         self.history(restart=True)
-        if self.finish is not None:
-            if encoding is None:
-                raise InertPruningError(
-                    f"the hook on {type(self.tower.entry).__name__} did not run. {REPLACED}"
-                )
-            self.check(encoding)
-            self.finish(encoding)
+        if encoding is None:
+            raise InertPruningError(f"the hook at the encoder's entry did not run. {REPLACED}")
+        assert self.finish is not None
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden = self._behind(encoding, hidden)
+        self.check(encoding)
+        self.finish(encoding)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

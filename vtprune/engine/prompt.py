@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vtprune.engine.cache import check_cache, physical_length, state_of
 from vtprune.engine.encoder import ATTRIBUTE
 from vtprune.errors import UnsupportedCallError
-from vtprune.integrations.base import Encoding
+from vtprune.integrations.base import Encoding, Merged, Packing, Unit
 from vtprune.method import Signal
 from vtprune.report import ImageReport
 from vtprune.selection import Selection
@@ -22,13 +22,13 @@ from vtprune.selection import Selection
 
 @dataclass
 class PromptImage:
-    """One image of one row of the prompt.
+    """One image, tile or frame in one row of the prompt.
 
     Attributes:
         row: row in the batch.
         cols: [N] columns of its full-length placeholders.
         alive: [K] ascending indices of surviving tokens in the image's full grid.
-        encoding, number: the encoder run it came from, and which image of that run it is.
+        encoding, unit: the encoder run it came from, and what the prompt shows of it.
         report: its entry in the report.
     """
 
@@ -36,14 +36,17 @@ class PromptImage:
     cols: Tensor
     alive: Tensor
     encoding: Encoding
-    number: int
+    unit: Unit
     report: ImageReport
 
     def signal(self, signal: Signal) -> Tensor:
         """An encoder signal for the tokens alive now, token-first."""
-        values, alive = self.encoding.signals[signal]
-        value, was = (x[self.number].to(self.alive.device) for x in (values, alive))
-        return value if len(was) == len(self.alive) else value[torch.searchsorted(was, self.alive)]
+        value = self.encoding.unit_signal(signal, self.unit, self.alive.to(self.encoding.device))
+        return value.to(self.alive.device)
+
+    def seed(self) -> int:
+        """Checksum of its pixels."""
+        return self.encoding.seeds()[self.unit.number]
 
 
 @dataclass
@@ -91,20 +94,47 @@ class Frame:
     Attributes:
         ids: [B, L] prompt.
         features: modality -> encoder output computed beforehand (generation does so).
+        mask: the caller's [B, L] attention mask, or None.
         visual: whether the call holds visual tokens.
         key: a tensor that identifies the pictures.
+        runs: encoder runs of this call, where they came before it.
         seen: whether the language model's hook has run.
     """
 
     ids: Tensor | None
     features: Mapping[str, Any]
+    mask: Tensor | None
     visual: bool
     key: Tensor | None
+    runs: Sequence[Encoding] | None = None
     seen: bool = False
 
+    def repeated(self, batch: int) -> Frame:
+        """The same for a batch whose rows were repeated, as beam search does."""
+        times = batch // len(self.ids) if self.ids is not None else 1
+        if times < 2:
+            return self
+        ids, mask = (None if t is None else t.repeat_interleave(times, 0) for t in (self.ids, self.mask))
+        return replace(self, ids=ids, mask=mask)
 
-def open_frame(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frame:
+
+def merged_frame(merged: Merged, runs: Sequence[Encoding]) -> Frame:
+    """A frame of a prompt that reaches the model as embeddings."""
+    for encoding in runs:
+        encoding.packing = Packing(
+            [replace(u, image=i) for i, u in enumerate(encoding.units()[n] for n in merged.used)],
+            [encoding.layouts[n].n_tokens for n in merged.used],
+        )
+    return Frame(merged.ids, {}, merged.mask, True, merged.key, runs)
+
+
+def open_frame(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], embeds: bool = False
+) -> Frame:
     """Reads the arguments of the whole model.
+
+    Args:
+        embeds: whether embeddings without ids are known to hold no visual tokens.
 
     Raises:
         UnsupportedCallError: the call cannot be pruned rightly, or it cannot be told what it holds.
@@ -115,20 +145,20 @@ def open_frame(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
     features = {k: v for k, v in (given.get("mm_encoder_outputs") or {}).items() if v is not None}
     pixels = [v for k, v in given.items() if k.startswith("pixel_values") and v is not None]
     cache = given.get("past_key_values")
+    mask = given.get("attention_mask")
     visual = bool(features or pixels)
     if ids is None and visual:
         raise UnsupportedCallError(
             "visual tokens cannot be located without `input_ids`; pass input_ids instead of inputs_embeds together "
             "with pixel values"
         )
-    if ids is None and state_of(cache) is None and not physical_length(cache, 0):
+    if not embeds and ids is None and state_of(cache) is None and not physical_length(cache, 0):
         raise UnsupportedCallError(
             "the patched model was called with inputs_embeds only, so it cannot be told whether they hold visual "
             "tokens. Pass input_ids, or remove the patch for calls with embeddings."
         )
     if visual:
         check_cache(cache)
-        mask = given.get("attention_mask")
         if isinstance(mask, Mapping) or (mask is not None and mask.ndim != 2):
             raise UnsupportedCallError(
                 "the attention mask of a pruned call must be 2D [batch, length] (1 = token, 0 = padding); got "
@@ -142,8 +172,10 @@ def open_frame(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
             )
     key: Tensor | None = None
     if visual:
-        key = next(iter(features.values())).pooler_output[0] if features else pixels[0]
-    return Frame(ids, features, visual, key)
+        pooled = next(iter(features.values())).pooler_output if features else pixels[0]
+        key = pooled if isinstance(pooled, Tensor) else pooled[0]
+    two = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return Frame(ids, features, two, visual, key)
 
 
 def locate(
@@ -169,7 +201,7 @@ def locate(
     assert frame.ids is not None
     images: list[PromptImage] = []
     encodings: list[Encoding] = []
-    waiting = list(runs)
+    waiting = list(runs if frame.runs is None else frame.runs)
     for modality, token in placeholders.items():
         where = frame.ids == token
         per_row: list[int] = where.sum(1).tolist()
@@ -178,17 +210,24 @@ def locate(
         encoding = _encoding_of(frame, modality, waiting, owner)
         encodings.append(encoding)
         cols = where.nonzero()[:, 1].to(device).split(per_row)
-        for row, numbers in enumerate(assign(encoding, per_row, modality)):
-            sizes = [encoding.layouts[n].n_tokens for n in numbers]
-            for number, c in zip(numbers, cols[row].split(sizes), strict=True):
-                kept = {site: survivors[number] for site, survivors in encoding.kept.items()}
-                entry = ImageReport(row, encoding.layouts[number], kept)
-                alive = encoding.alive[number].to(device)
-                images.append(PromptImage(row, c, alive, encoding, number, entry))
+        units = encoding.units()
+        sizes = [unit.layout.n_tokens for unit in units]
+        if encoding.packing is not None:
+            sizes = list(encoding.packing.sizes)
+        shown: dict[int, list[Unit]] = {}
+        for unit in units:
+            shown.setdefault(unit.image, []).append(unit)
+        for row, numbers in enumerate(assign(sizes, per_row, modality)):
+            for number, run in zip(numbers, cols[row].split([sizes[n] for n in numbers]), strict=True):
+                for unit in shown.get(number, []):
+                    kept = {site: encoding.shown(unit, alive) for site, alive in encoding.kept.items()}
+                    alive = encoding.shown(unit, encoding.alive).to(device)
+                    entry = ImageReport(row, unit.layout, kept)
+                    images.append(PromptImage(row, run[unit.slots.to(device)], alive, encoding, unit, entry))
     if not images:
         raise UnsupportedCallError("pixel values were given, but the prompt holds no placeholder for them")
     # Pictures and videos were found one kind after the other; only where both occur is their order not known yet.
-    images.sort(key=(lambda i: i.row) if len(encodings) < 2 else (lambda i: (i.row, int(i.cols[0]))))
+    images.sort(key=(lambda i: i.row) if len(encodings) < 2 else (lambda i: (i.row, int(i.cols.min()))))
     return images, encodings
 
 
@@ -205,13 +244,16 @@ def _encoding_of(frame: Frame, modality: str, waiting: list[Encoding], owner: in
     )
 
 
-def assign(encoding: Encoding, per_row: Sequence[int], modality: str) -> list[list[int]]:
+def assign(sizes: Sequence[int], per_row: Sequence[int], modality: str) -> list[list[int]]:
     """Images of every row; rows may be repeated in groups (beam search, several return sequences).
+
+    Args:
+        sizes: placeholders of every image.
+        per_row: placeholders in every row.
 
     Raises:
         UnsupportedCallError: rows do not hold whole images.
     """
-    sizes = [layout.n_tokens for layout in encoding.layouts]
     times, rest = divmod(sum(per_row), sum(sizes))
     out: list[list[int]] = []
     number = 0
@@ -228,7 +270,7 @@ def assign(encoding: Encoding, per_row: Sequence[int], modality: str) -> list[li
             out += [numbers] * times
     if len(out) != len(per_row) or number != len(sizes):
         raise UnsupportedCallError(
-            f"the prompt holds {list(per_row)} {modality} placeholders per row, the encoder made images of {sizes} "
+            f"the prompt holds {list(per_row)} {modality} placeholders per row, the encoder made images of {list(sizes)} "
             "tokens: rows must hold whole images (chunked prefill that cuts one is not supported)"
         )
     return out

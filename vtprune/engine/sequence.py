@@ -29,8 +29,11 @@ class Segment:
         valid: [B, n_slots] bool, None when no new slot is padding.
         all_valid: [B, past + n_slots] bool or None, see `valid`.
         shift: [B] positions taken off by dense renumbering, None for none.
-        tables: position embeddings of these slots, as layers take them.
-        mask: attention mask, as layers take it.
+        columns: [B, past + n_slots] column of every slot in the whole sequence, where windows need it.
+        index: [B, n_slots] slots of these tokens in the first segment; None in the first segment itself.
+        renumbered: whether positions differ from those of the first segment.
+        tables: kind of layer -> position embeddings of these slots, as layers take them.
+        masks: kind of layer -> attention mask, as layers take it.
         position_ids: for layers that hand them on to their attention.
     """
 
@@ -40,8 +43,11 @@ class Segment:
     valid: Tensor | None
     all_valid: Tensor | None
     shift: Tensor | None
-    tables: tuple[Tensor, ...] | None = None
-    mask: Any = None
+    columns: Tensor | None
+    index: Tensor | None = None
+    renumbered: bool = False
+    tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    masks: dict[str, Any] = field(default_factory=dict)
     position_ids: Tensor | None = None
 
 
@@ -58,6 +64,7 @@ class TokenSequence:
         past: length of the sequence before the pass, as the caller counts it.
         new_valid: [B, length] bool from the caller's mask, None when it has no padding.
         left: whether padding goes before the tokens.
+        windowed: whether the columns of slots have to be remembered.
         counts: valid new tokens per row now (host).
         alive: [B, length] bool, False for padding and removed tokens; None while nothing was removed.
         renumbered: [B, length] bool, True for tokens removed by a stage that renumbers positions.
@@ -74,6 +81,7 @@ class TokenSequence:
     past: int
     new_valid: Tensor | None
     left: bool
+    windowed: bool
     counts: list[int]
     alive: Tensor | None = None
     renumbered: Tensor | None = None
@@ -81,12 +89,15 @@ class TokenSequence:
     segments: list[Segment] = field(default_factory=list)
 
     @classmethod
-    def open(cls, embeds: Tensor, mask: Tensor | None, cache: Any, state: CacheState | None) -> TokenSequence:
+    def open(
+        cls, embeds: Tensor, mask: Tensor | None, cache: Any, state: CacheState | None, windowed: bool
+    ) -> TokenSequence:
         """Describes the new tokens of a pass.
 
         Args:
             embeds: [B, length, D].
             mask: the caller's [B, past + length] mask or None. Reading it synchronises the device once.
+            windowed: see :class:`TokenSequence`.
         """
         batch, length = embeds.shape[:2]
         new_valid: Tensor | None = None
@@ -104,8 +115,12 @@ class TokenSequence:
         if state is None and past:
             # A history of plain text, the same in all layers; its padding stands in the caller's mask only.
             seen = None if mask is None else mask[:, :past].to(device=embeds.device, dtype=torch.bool)
-            history = SegmentState(0, past, None if seen is None or bool(seen.all()) else seen, None)
-        return cls(batch, length, embeds.device, cache, state, history, past, new_valid, left, counts)
+            valid = None if seen is None or bool(seen.all()) else seen
+            columns = torch.arange(past, device=embeds.device).expand(batch, -1) if windowed else None
+            history = SegmentState(0, past, valid, None, columns)
+        return cls(
+            batch, length, embeds.device, cache, state, history, past, new_valid, left, windowed, counts
+        )
 
     @property
     def now(self) -> Segment:
@@ -158,7 +173,13 @@ class TokenSequence:
             if min(self.counts) == n_slots:
                 valid = None
         all_valid = self._join(past, valid, n_slots)
-        segment = Segment(layer, n_slots, col, valid, all_valid, shift)
+        columns: Tensor | None = None
+        if self.windowed:
+            new = torch.arange(self.length, device=self.device).expand(self.batch, -1) if col is None else col
+            columns = new + self.past
+            if past is not None and past.columns is not None:
+                columns = torch.cat([past.columns, columns], 1)
+        segment = Segment(layer, n_slots, col, valid, all_valid, shift, columns)
         self.segments.append(segment)
         return segment
 
@@ -215,7 +236,9 @@ class TokenSequence:
     def cache_state(self, cache: Any, owner: int, report: Any) -> CacheState:
         """What a cache has to know after the pass."""
         segments = [
-            SegmentState(s.first_layer, physical_length(cache, s.first_layer), s.all_valid, s.shift)
+            SegmentState(
+                s.first_layer, physical_length(cache, s.first_layer), s.all_valid, s.shift, s.columns
+            )
             for s in self.segments
         ]
         pruned, since = self.alive, 0

@@ -31,5 +31,5 @@ class Anywhere(Method):
         if self.where == "decoder":
             return Site("decoder", resolve_layer(self.layer, facts.decoder_layers, "layer"))
         if self.where == "projector" and "projector" not in facts.sites:
-            return Site("encoder")
+            return facts.behind_encoder()
         return Site(self.where)

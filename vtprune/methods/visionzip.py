@@ -50,7 +50,7 @@ class VisionZip(Method):
             )
 
     def site(self, facts: ModelFacts) -> Site:
-        return Site("encoder")
+        return facts.behind_encoder()
 
     def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
         last = facts.encoder_layers - 1

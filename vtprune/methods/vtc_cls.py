@@ -41,7 +41,7 @@ class VTCCls(Method):
         check_choice("scorer", self.scorer, ("cls", "received"))
 
     def site(self, facts: ModelFacts) -> Site:
-        return Site("encoder")
+        return facts.behind_encoder()
 
     def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
         depth = facts.encoder_layers

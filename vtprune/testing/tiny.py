@@ -1,4 +1,4 @@
-"""Tiny random models and inputs, built from configurations; for our tests and for those of integrators."""
+"""Tiny random LLaVA and Qwen2.5-VL with their inputs."""
 
 from __future__ import annotations
 
