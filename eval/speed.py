@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 import vtprune
 from vtprune.report import Report
@@ -116,13 +116,24 @@ def measure(
     return costs, skipped
 
 
+def _uncounted() -> dict[Any, Any]:
+    """Formulas for attention kernels that this version of torch executes without counting (CPU, torch 2.11)."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def formula(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        count: int = sdpa_flop_count(query, key, value)
+        return count
+
+    return {} if kernel in flop_registry else {kernel: formula}
+
+
 def _count(model: nn.Module, inputs: Inputs, setting: Setting) -> tuple[Report, int, float]:
     """Report, FLOPs and peak MiB of a prefill."""
     with setting.applied(model) as patch:
         x = adapt(model, setting, inputs)
         generate(model, x, 1)
         report = patch.report() if patch is not None else None
-        flops = FlopCounterMode(display=False)
+        flops = FlopCounterMode(display=False, custom_mapping=_uncounted())
         if torch.cuda.is_available() and x["input_ids"].is_cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

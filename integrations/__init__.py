@@ -73,6 +73,21 @@ FAMILIES: tuple[Family, ...] = (
         "lvlm",
     ),
     Family("timm_vit", "timm VisionTransformer", ("VisionTransformer",), "timm", "timm_vit", "encoder"),
+    Family("timm_deit", "timm DeiT", ("VisionTransformerDistilled",), "timm", "timm_vit", "encoder"),
+    Family("timm_eva", "timm EVA-02 and DINOv3", ("Eva",), "timm", "timm_vit", "encoder"),
+    Family("hf_clip", "CLIP", ("CLIPVisionModel",), "transformers", "hf_vit", "encoder"),
+    Family("hf_siglip", "SigLIP", ("SiglipVisionModel",), "transformers", "hf_vit", "encoder"),
+    Family("hf_vit", "ViT", ("ViTModel",), "transformers", "hf_vit", "encoder"),
+    Family("hf_dinov2", "DINOv2", ("Dinov2Model",), "transformers", "hf_vit", "encoder"),
+    Family(
+        "hf_dinov2_reg",
+        "DINOv2 with registers",
+        ("Dinov2WithRegistersModel",),
+        "transformers",
+        "hf_vit",
+        "encoder",
+    ),
+    Family("hf_dinov3", "DINOv3", ("DINOv3ViTModel",), "transformers", "hf_vit", "encoder"),
 )
 
 

@@ -118,6 +118,9 @@ class Encoding:
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
 
+    def __deepcopy__(self, memo: object) -> Encoding:
+        return self  # a record of one run; assisted generation copies the encoder's output, which carries it
+
     @property
     def counts(self) -> list[int]:
         """Surviving tokens per image."""
@@ -359,3 +362,22 @@ class Integration:
     placeholders: Mapping[str, int] = field(default_factory=dict)
     feature_calls: Mapping[str, str] = field(default_factory=dict)
     merge_call: MergeCall | None = None
+
+
+def encoder_facts(name: str, depth: int, has_cls: bool) -> ModelFacts:
+    """What methods may know of an encoder alone whose layers can all be read."""
+    layers = frozenset(range(depth))
+    signals = {"received_attention": layers, "encoder_keys": layers}
+    missing = {}
+    if has_cls:
+        signals["cls_attention"] = layers
+    else:
+        missing["cls_attention"] = f"this {name} has no class token; use scorer='received'"
+    return ModelFacts(
+        name=name,
+        encoder_layers=depth,
+        decoder_layers=0,
+        sites=frozenset({"vit", "encoder"}),
+        signals=signals,
+        missing=missing,
+    )

@@ -23,13 +23,14 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def layer_kinds(config: Any) -> tuple[list[str], dict[str, int]]:
     """Kind of every decoder layer, and the windows of kinds that have one."""
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
     everywhere = "full_attention" if window is None else "sliding_attention"
     kinds = list(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
-    windowed = window is not None and "sliding_attention" in kinds
-    return kinds, {"sliding_attention": window} if windowed else {}
+    if window is None or "sliding_attention" not in kinds:
+        return kinds, {}
+    return kinds, {"sliding_attention": window}
 
 
 def decoder_of(

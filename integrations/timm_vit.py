@@ -1,23 +1,27 @@
-"""timm's VisionTransformer, with or without class token and register tokens, as an encoder alone."""
+"""Vision transformers of timm as encoders alone: VisionTransformer, DeiT, and Eva (EVA-02, DINOv3, PE, RoPE-ViT)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vtprune.errors import UnsupportedModelError
-from vtprune.integrations.base import AttentionTap, Integration
+from vtprune.errors import UnsupportedCallError, UnsupportedModelError
+from vtprune.integrations.base import AttentionTap, Integration, encoder_facts
 from vtprune.integrations.towers import BatchedViT
-from vtprune.method import ModelFacts
+
+# Attention modules that hand all heads of q and k to `q_norm` and `k_norm`, before any rotary embedding.
+ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
 def integrate(model: nn.Module) -> Integration:
-    """Describes a `timm.models.vision_transformer.VisionTransformer`.
+    """Describes a `VisionTransformer`, `VisionTransformerDistilled` or `Eva` of timm.
 
     Site `vit` removes tokens between blocks, site `encoder` behind the last block (before the final norm), so
-    `forward_features` returns [B, prefix + kept, D] and pooling sees survivors only.
+    `forward_features` returns [B, prefix + kept, D] and pooling sees survivors only. Where images of a batch keep
+    different counts, rows behind an image's survivors are padding.
 
     Raises:
         UnsupportedModelError: blocks of a kind whose attention cannot be read.
@@ -25,31 +29,54 @@ def integrate(model: nn.Module) -> Integration:
     name = type(model).__name__
     net: Any = model
     blocks = list(model.get_submodule("blocks").children())
-    attentions = [block.get_submodule("attn") for block in blocks if hasattr(block, "attn")]
-    if len(attentions) != len(blocks) or not all(
-        isinstance(getattr(a, "qkv", None), nn.Module) for a in attentions
-    ):
-        raise UnsupportedModelError(
-            f"{name} has blocks without a fused `attn.qkv` (found {type(blocks[0]).__name__}); "
-            "supported: timm's Block with Attention."
-        )
+    attentions = [getattr(block, "attn", None) for block in blocks]
+    for block, attn in zip(blocks, attentions, strict=True):
+        if not any(c.__name__ in ATTENTIONS for c in type(attn).__mro__):
+            found = "no `attn`" if attn is None else f"a {type(attn).__name__}"
+            raise UnsupportedModelError(
+                f"{name} has blocks whose attention cannot be read ({type(block).__name__} with {found}); supported: "
+                f"blocks with an `attn` of class {', '.join(ATTENTIONS)}."
+            )
     has_cls = net.cls_token is not None
 
     def grid(height: int, width: int) -> tuple[int, int]:
-        rows, cols = net.patch_embed.patch_size
-        return height // rows, width // cols
+        dropout = net.patch_drop
+        if net.training and getattr(dropout, "prob", 0) > 0:
+            raise UnsupportedCallError(
+                f"{name} drops random patches in training (patch_drop_rate={dropout.prob}), so its tokens form no "
+                "grid; set patch_drop_rate=0 or call eval()"
+            )
+        if net.grad_checkpointing and torch.is_grad_enabled():
+            raise UnsupportedCallError(
+                f"gradient checkpointing of {name} runs blocks again in the backward pass, where nothing would be pruned; "
+                "call set_grad_checkpointing(False), or run under torch.no_grad()"
+            )
+        rows, cols = net.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(cols)
 
     def tap(layer: int) -> AttentionTap:
         attn: Any = attentions[layer]
 
         def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-            (qkv,) = outputs
-            q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            return attn.q_norm(q), attn.k_norm(k)
+            q, k = outputs
+            if kwargs.get("is_causal"):
+                raise UnsupportedCallError(
+                    f"{name} was called with is_causal=True; signals are measured on bidirectional attention. Leave it "
+                    "out, or use a method that reads no attention"
+                )
+            rope = kwargs.get("rope")
+            if rope is None:
+                return q, k
+            from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
-        return AttentionTap(attn, (attn.qkv,), heads, attn.scale)
+            half, prefix = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
+            for x in (rotated := [q.clone(), k.clone()]):
+                x[:, :, prefix:] = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
+            return rotated[0], rotated[1]
 
-    def accepts_ragged() -> str | None:
+        return AttentionTap(attn, (attn.q_norm, attn.k_norm), heads, attn.scale)
+
+    def pools() -> str | None:
         if net.attn_pool is not None or net.global_pool not in ("", "token"):
             return f"pooling {net.global_pool!r} of {name} would average the padding"
         return None
@@ -65,28 +92,14 @@ def integrate(model: nn.Module) -> Integration:
         projector_prefix=net.num_prefix_tokens,
         grid=grid,
         tap=tap,
-        additive_mask=lambda: False,
+        # Without fused attention, older versions add a bool mask to the logits as if it were numbers.
+        additive_mask=lambda: not all(getattr(attn, "fused_attn", False) for attn in attentions),
         mask_argument="attn_mask",
-        accepts_ragged=accepts_ragged,
+        pools=pools,
+        tables="rope" if getattr(net, "rope", None) is not None else None,
         entry=model.get_submodule("patch_embed"),
         refuses={
             "forward_intermediates": "intermediate features are reshaped into a full grid, which pruned tokens are not; use forward_features()"
         },
     )
-    layers = frozenset(range(len(blocks)))
-    signals = {"received_attention": layers, "encoder_keys": layers}
-    if has_cls:
-        signals["cls_attention"] = layers
-    return Integration(
-        facts=ModelFacts(
-            name=name,
-            encoder_layers=len(blocks),
-            decoder_layers=0,
-            sites=frozenset({"vit", "encoder"}),
-            signals=signals,
-            missing={}
-            if has_cls
-            else {"cls_attention": f"this {name} has no class token; use scorer='received'"},
-        ),
-        towers=[tower],
-    )
+    return Integration(facts=encoder_facts(name, len(blocks), has_cls), towers=[tower])

@@ -14,7 +14,6 @@ from vtprune.integrations.base import AttentionTap, Call, Encoding, FeatureCall,
 from vtprune.layout import TokenLayout
 from vtprune.method import Signal
 
-
 WHOLE = "tokens of this encoder cannot be removed inside it; its integration must not offer such a site"
 
 

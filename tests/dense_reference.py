@@ -8,6 +8,7 @@ is pruned inside it stays in the sequence and is hidden by an explicit mask from
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -180,7 +181,14 @@ class Reference:
         visual: Any = self.model.model.visual
         grid = torch.tensor([[1, 2 * frame.rows, 2 * frame.cols]])
         hidden = visual.patch_embed(frame.pixels)
-        cos, sin = visual.rotary_pos_emb(hidden, get_vision_position_ids(grid, 2))
+        places = get_vision_position_ids(grid, 2)
+        if "hidden_states" in inspect.signature(visual.rotary_pos_emb.forward).parameters or hasattr(
+            visual.rotary_pos_emb, "config"
+        ):
+            cos, sin = visual.rotary_pos_emb(hidden, places)
+        else:  # transformers < 5.20: angles, once for both halves
+            angles = visual.rotary_pos_emb(places).repeat(1, 2)
+            cos, sin = angles.cos(), angles.sin()
         order, bounds = get_vision_window_index(grid, 2, visual.window_size, visual.patch_size)
         windows = [
             [order[j // 4].item() for j in range(a, b, 4)] for a, b in itertools.pairwise(bounds.tolist())
@@ -557,16 +565,3 @@ def timm_run(
             x = block(x)
     x = model.norm(x)
     return x[0], model.forward_head(x)[0]
-
-
-def timm_signals(model: Any, image: Tensor, layer: int) -> dict[str, np.ndarray]:
-    """[CLS] attention [heads, n] and head-mean keys [n, d] of one block."""
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image[None]))))
-    for block in model.blocks[:layer]:
-        x = block(x)
-    attention = model.blocks[layer].attn
-    y = model.blocks[layer].norm1(x)
-    q, k, _ = attention.qkv(y)[0].view(y.shape[1], 3, attention.num_heads, -1).double().unbind(1)
-    weights = torch.einsum("qhd,khd->hqk", q, k).mul(q.shape[-1] ** -0.5).softmax(-1).detach().numpy()
-    prefix = model.num_prefix_tokens
-    return {"cls": weights[:, 0, prefix:], "keys": k.mean(1).detach().numpy()[prefix:]}

@@ -122,7 +122,7 @@ class Judge:
             cut off as padding is put back. They differ for three or more tiles along the axis that was cut.
     """
 
-    def __init__(self, model: nn.Module, resampled: Literal["formula", "centre"] = "formula") -> None:
+    def __init__(self, model: nn.Module, resampled: Literal["formula", "centre"] = "centre") -> None:
         self.model = rebuilt(model, "eager")
         self.stock = rebuilt(model)
         self.config = self.model.config

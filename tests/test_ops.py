@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +99,8 @@ def test_picture_checksum_ignores_the_last_bit_and_nothing_else() -> None:
     levels = torch.arange(256).repeat(3).view(3, 16, 16) / 255 * 4 - 2
 
     def checksum(pixels: torch.Tensor) -> int:
-        return Encoding([TokenLayout(4, 4)], lambda: [pixels], pixels.device).seeds()[0]
+        tower: Any = None
+        return Encoding(tower, [TokenLayout(4, 4)], lambda: [pixels], pixels.device).seeds()[0]
 
     changed = levels.clone()
     changed[1, 3, 5] += 4 / 255

@@ -219,6 +219,8 @@ class Method(ABC):
     overrides `stages`.
 
     Attributes:
+        substitutes: options with which the method works on models that lack what its defaults read, best first;
+            named in errors and in the support matrix, never chosen silently.
         keep: int = tokens per image, float in (0, 1] = ratio.
         positions: "original" keeps the position ids of survivors, "dense" renumbers them without gaps, "auto"
             does as the method's authors do (original wherever positions are multi-dimensional).
@@ -226,6 +228,7 @@ class Method(ABC):
 
     key: ClassVar[str]
     authors_positions: ClassVar[Literal["original", "dense"]] = "original"
+    substitutes: ClassVar[tuple[Mapping[str, object], ...]] = ()
 
     keep: int | float
     positions: Literal["auto", "original", "dense"] = "auto"

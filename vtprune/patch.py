@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import nn
 from vtprune import methods
 from vtprune.engine.encoder import EncoderEngine
 from vtprune.engine.journal import Journal
-from vtprune.errors import AlreadyPatchedError, InvalidOptionError, UnsupportedMethodError, VTPruneError
+from vtprune.errors import AlreadyPatchedError, InvalidOptionError, VTPruneError
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
-from vtprune.method import Method, ModelFacts, Signal, Site, Stage, compose
+from vtprune.method import Method, Signal, compose
+from vtprune.planning import plan
 from vtprune.report import ImageReport, Report
 
 # The step of generate() with which every kind of speculative decoding begins.
@@ -122,7 +123,9 @@ class Patch:
 
         Raises:
             VTPruneError: the model has not been called since it was patched.
+            InertPruningError: other code removed hooks of the patch.
         """
+        self._journal.check()
         if self._report is None:
             raise VTPruneError(
                 "the model has not been called since it was patched, so there is nothing to report"
@@ -154,70 +157,6 @@ class Patch:
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"<Patch {self.method.key} on {self.facts.name}, {state}, sites {[str(s.site) for s in self.stages]}>"
-
-
-def plan(method: Method, facts: ModelFacts) -> list[Stage]:
-    """The stages of a method on a model, in the order of the forward pass.
-
-    Raises:
-        UnsupportedMethodError: the model lacks a site or a signal; names methods that work there.
-    """
-    try:
-        stages = [
-            # The input of layer 0 is the input of the language model.
-            replace(s, site=Site("projector")) if s.site == Site("decoder", 0) else s
-            for s in method.stages(facts)
-        ]
-        stages.sort(key=lambda s: s.site.order)
-        for stage in stages:
-            _check_stage(stage, facts)
-    except UnsupportedMethodError as error:
-        working = [
-            name for name, cls in methods.REGISTRY.items() if name != method.key and _works(cls, facts)
-        ]
-        raise UnsupportedMethodError(
-            f"method {method.key!r} cannot run on {facts.name}: {error} Methods that work there as they are: "
-            f"{', '.join(sorted(working))}."
-        ) from None
-    if not stages:
-        raise VTPruneError(f"method {method.key!r} has no stages on {facts.name}")
-    return stages
-
-
-def _works(cls: type[Method], facts: ModelFacts) -> bool:
-    try:
-        for stage in cls(keep=0.5).stages(facts):
-            _check_stage(stage, facts)
-    except VTPruneError:
-        return False
-    return True
-
-
-def _check_stage(stage: Stage, facts: ModelFacts) -> None:
-    site = stage.site
-    if site.kind not in facts.sites:
-        raise UnsupportedMethodError(
-            f"it has no site {site.kind!r} (sites: {', '.join(sorted(facts.sites))})."
-        )
-    depth = facts.encoder_layers if site.kind == "vit" else facts.decoder_layers
-    if site.layer is not None and not 0 <= site.layer < depth:
-        raise InvalidOptionError(f"site {site} is outside the model: layers 0 to {depth - 1} can be pruned.")
-    for signal in stage.needs:
-        if signal.kind in facts.missing:
-            raise UnsupportedMethodError(f"{facts.missing[signal.kind]}.")
-        layers = facts.signals.get(signal.kind)
-        if layers is None or signal.layer not in layers:
-            raise UnsupportedMethodError(f"it cannot provide {signal.kind} of layer {signal.layer}.")
-        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in (
-            "vit",
-            "decoder",
-        )
-        if (late and signal.layer >= (site.layer or 0)) or (
-            signal.kind == "text_attention" and site.kind != "decoder"
-        ):
-            raise InvalidOptionError(
-                f"{signal.kind} of layer {signal.layer} is not known yet at site {site}."
-            )
 
 
 def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: Any) -> Patch:

@@ -16,7 +16,7 @@ from vtprune import ops
 from vtprune.engine.cache import done, install, state_of, widen, writing
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.encoder import REPLACED, EncoderEngine
-from vtprune.engine.journal import Bound, Journal
+from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, merged_frame, open_frame
 from vtprune.engine.sequence import Segment, TokenSequence, gather_positions, gather_table
 from vtprune.errors import InertPruningError, UnsupportedCallError
@@ -93,7 +93,7 @@ class DecoderEngine(Bound):
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
-        decoder = self.decoder
+        decoder, self.journal = self.decoder, journal
         if self.merge_call is not None:
             owner, name = self.merge_call.owner, self.merge_call.name
             journal.attribute(owner, name, self._merging(getattr(owner, name)))
@@ -110,6 +110,7 @@ class DecoderEngine(Bound):
         if decoder.inject is not None:
             stock = getattr(decoder.module, decoder.inject)
             journal.attribute(decoder.module, decoder.inject, self._injection(stock))
+        self.first_hooked = first
         for layer in range(first, len(decoder.layers)):
             journal.pre_hook(decoder.layers[layer], self._layer_hook(layer))
 
@@ -145,11 +146,14 @@ class DecoderEngine(Bound):
             self.local.pending = None
             embeds = kwargs.get("inputs_embeds")
             if embeds is not None:
+                self.journal.check()
                 self.local.frame = pending.repeated(len(embeds))
                 return
         frame = open_frame(self.signature, args, kwargs, embeds=self.merge_call is not None)
         if frame.visual and not frame.features:
             self.encoder.history(restart=True)
+        if frame.visual:
+            self.journal.check()
         self.local.frame = frame
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -163,14 +167,17 @@ class DecoderEngine(Bound):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame: Frame | None = getattr(self.local, "frame", None)
-        cache = kwargs.get("past_key_values")
+        cache = None if self._drops_cache() else kwargs.get("past_key_values")
         state = state_of(cache)
         self.local.run = None
         if frame is not None and frame.visual:
             frame.seen = True
+            self.journal.check()
+            refuse_rerun(self.decoder.layers[self.first_hooked :])
         elif state is None:
             if frame is not None:
-                self.publish(self._without_pictures(frame))
+                self._check_no_placeholders(frame)
+                self.publish(self.new_report())
             elif kwargs.get("inputs_embeds") is not None:
                 raise InertPruningError(f"the hook on {type(self.base).__name__} did not run. {REPLACED}")
             return None
@@ -223,16 +230,21 @@ class DecoderEngine(Bound):
         self.local.token = writing(state)
         return args, kwargs
 
-    def _without_pictures(self, frame: Frame) -> Report:
-        report = self.new_report()
+    def _drops_cache(self) -> bool:
+        """Whether the layers will ignore a cache: transformers does so under gradient checkpointing."""
+        layer: Any = self.decoder.layers[0]
+        return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+    def _check_no_placeholders(self, frame: Frame) -> None:
         # One token per row is decoding, where reading the ids would only wait for the device.
-        if frame.ids is not None and frame.ids.shape[1] > 1:
-            for modality, token in self.placeholders.items():
-                if bool((frame.ids == token).any()):
-                    report.notes.append(
-                        f"the prompt holds {modality} placeholders, but the call held no {modality}"
-                    )
-        return report
+        if frame.ids is None or frame.ids.shape[1] == 1:
+            return
+        for modality, token in self.placeholders.items():
+            if bool((frame.ids == token).any()):
+                raise InertPruningError(
+                    f"the prompt holds {modality} placeholders, but the call held no {modality}, so nothing can be "
+                    "pruned. Pass the pixel values with the prompt (chunked prefill of older transformers drops them)."
+                )
 
     def _input(self, run: Run, embeds: Tensor) -> dict[str, Any]:
         """Arguments of the language model after all stages before its first layer."""
@@ -274,6 +286,7 @@ class DecoderEngine(Bound):
         cache = (
             next((o for o in output if hasattr(o, "layers")), None) if is_tuple else output.past_key_values
         )
+        cache = None if self._drops_cache() else cache
         self._commit(run, cache)
         full = run.tokens.aligned(output[0])
         if is_tuple:
@@ -318,7 +331,7 @@ class DecoderEngine(Bound):
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             tokens = run.tokens
-            tokens.cache = kwargs.get("past_key_values")
+            tokens.cache = None if self._drops_cache() else kwargs.get("past_key_values")
             if self.decoder.windows and layer == 0 and not tokens.past:
                 widen(tokens.cache)
             first = tokens.segments[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine.deciding import Candidate, decide
-from vtprune.engine.journal import Bound, Journal
+from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.errors import InertPruningError
 from vtprune.integrations.base import Encoding, FeatureCall, VisionTower
 from vtprune.layout import TokenLayout
@@ -134,6 +134,8 @@ class EncoderEngine(Bound):
     def _open(
         self, tower: VisionTower, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self.finish is not None or any(s.site.kind == "vit" for s in self.stages):
+            refuse_rerun(tower.layers)
         self.local.encoding = tower.open(args, kwargs, getattr(self.local, "call", None))
         self.local.captured = {}
         self.history().append(self.local.encoding)
@@ -179,10 +181,10 @@ class EncoderEngine(Bound):
         with self.watch(encoding, str(stage.site), rows[0].device):
             # (image, its grid as the stage sees it, alive tokens in that grid, the same in the encoder's grid)
             seen: list[tuple[int, TokenLayout, Tensor, Tensor]] = []
-            if stage.site.kind == "vit" or encoding.packing is None:
+            if encoding.packing is None:
                 seen = [(i, grid, before[i], before[i]) for i, grid in enumerate(encoding.layouts)]
             else:
-                # What is never shown need not be projected, and must not take part of a budget.
+                # Padding of tiles is never shown, so it must not take part of a budget.
                 for unit in encoding.packing.units:
                     assert unit.source is not None
                     index = encoding.shown(unit, before)
@@ -204,11 +206,13 @@ class EncoderEngine(Bound):
                     for (i, layout, index, tokens), x in zip(seen, features, strict=True)
                 ],
             )
-        encoding.alive = [a[:0] for a in before]
-        kept = [r[:0] for r in rows]
+        encoding.alive = list(before)
+        kept = list(rows)
         for (i, _, _, tokens), x, selection in zip(seen, features, selections, strict=True):
-            encoding.alive[i] = tokens[selection.index[0]]
-            kept[i] = selection.apply(x)
+            # An image that loses nothing keeps its padding too: its other tokens attend to that.
+            if len(selection.index[0]) < len(tokens) or selection.into is not None:
+                encoding.alive[i] = tokens[selection.index[0]]
+                kept[i] = selection.apply(x)
         encoding.fired += 1
         encoding.kept[str(stage.site)] = list(encoding.alive)
         return kept

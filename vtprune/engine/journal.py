@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from vtprune.errors import UnsupportedCallError, VTPruneError
+from vtprune.errors import InertPruningError, UnsupportedCallError, VTPruneError
 
 
 class Bound:
@@ -25,10 +27,11 @@ class Journal:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
 
     def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Registers a forward pre-hook `(module, args, kwargs) -> None | (args, kwargs)`."""
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._add(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def hook(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
         """Registers a forward hook `(module, args, kwargs, output) -> None | output`.
@@ -36,7 +39,29 @@ class Journal:
         Args:
             always: call it also when the forward raised (then `output` is None).
         """
-        self._undo.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always).remove)
+        self._add(module, module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+
+    def _add(self, module: nn.Module, handle: RemovableHandle) -> None:
+        self._undo.append(handle.remove)
+        self._hooks.append((module, handle))
+
+    def lost(self) -> list[str]:
+        """Classes of modules whose hooks somebody else has removed."""
+        gone = []
+        for module, handle in self._hooks:
+            hooks = handle.hooks_dict_ref()
+            if hooks is None or handle.id not in hooks:
+                gone.append(type(module).__name__)
+        return sorted(set(gone))
+
+    def check(self) -> None:
+        """Raises InertPruningError if hooks were removed behind the journal's back."""
+        gone = self.lost()
+        if gone:
+            raise InertPruningError(
+                f"hooks on {', '.join(gone)} were removed by other code, so tokens would not be pruned as they have "
+                "to be. Remove the patch and patch again."
+            )
 
     def attribute(self, owner: object, name: str, value: object) -> None:
         """Sets an instance attribute, remembering whether and how it was set before."""
@@ -63,5 +88,27 @@ class Journal:
 
     def revert(self) -> None:
         """Undoes everything, last change first. Safe to call twice."""
+        self._hooks.clear()
         while self._undo:
             self._undo.pop()()
+
+
+def refuse_rerun(layers: Sequence[nn.Module]) -> None:
+    """Raises UnsupportedCallError if gradient checkpointing would run hooks of these layers again in the backward pass.
+
+    Until transformers 5.20 it wraps a layer's `__call__`, hooks included, rather than its `forward`. To be called
+    before the first layer: an exception inside a checkpoint leaves it open.
+    """
+    for layer in layers:
+        wrapped = type(layer).__call__ is not nn.Module.__call__
+        if (
+            wrapped
+            and layer.training
+            and getattr(layer, "gradient_checkpointing", False)
+            and torch.is_grad_enabled()
+        ):
+            raise UnsupportedCallError(
+                f"gradient checkpointing of {type(layer).__name__} in this version of transformers runs layers again "
+                "together with their hooks in the backward pass, where tokens cannot be removed a second time; update "
+                "transformers to 5.23, call gradient_checkpointing_disable(), or prune outside these layers"
+            )

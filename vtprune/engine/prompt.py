@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vtprune.engine.cache import check_cache, physical_length, state_of
-from vtprune.engine.encoder import ATTRIBUTE
-from vtprune.errors import UnsupportedCallError
+from vtprune.engine.encoder import ATTRIBUTE, REPLACED
+from vtprune.errors import InertPruningError, UnsupportedCallError
 from vtprune.integrations.base import Encoding, Merged, Packing, Unit
 from vtprune.method import Signal
 from vtprune.report import ImageReport
@@ -238,9 +238,11 @@ def _encoding_of(frame: Frame, modality: str, waiting: list[Encoding], owner: in
             return made[owner]
     elif waiting:
         return waiting.pop(0)
+    else:
+        raise InertPruningError(f"the hooks on the vision encoder did not run. {REPLACED}")
     raise UnsupportedCallError(
-        f"the {modality} features of this call were not computed under this patch, or were cut up by chunked "
-        "prefill. Leave `prefill_chunk_size` unset, and pass pixel values (or features computed after patching)."
+        f"the {modality} features of this call were not computed under this patch (before it, by other code, or cut up "
+        "by chunked prefill). Leave `prefill_chunk_size` unset, and pass pixel values (or features computed after patching)."
     )
 
 

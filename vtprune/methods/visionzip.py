@@ -37,6 +37,7 @@ class VisionZip(Method):
 
     key: ClassVar[str] = "visionzip"
     authors_positions = "dense"
+    substitutes = ({"scorer": "received"},)
 
     contextual: float = 10 / 64
     scorer: Literal["cls", "received"] = "cls"

@@ -32,6 +32,7 @@ class VTCCls(Method):
 
     key: ClassVar[str] = "vtc-cls"
     authors_positions = "dense"
+    substitutes = ({"scorer": "received"},)
 
     first_layer: int | float = 0.5
     scorer: Literal["cls", "received"] = "cls"

@@ -1,0 +1,104 @@
+"""Which decisions a method takes on a model, and which methods a model can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from vtprune import methods
+from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
+from vtprune.method import Method, ModelFacts, Site, Stage
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a method runs on a model.
+
+    Attributes:
+        method: its key.
+        works: whether it does, with `options`.
+        options: options it needs there beside its defaults: a substitute that its class names.
+        reason: why it does not run, or not with its defaults; empty if it does.
+    """
+
+    method: str
+    works: bool
+    options: Mapping[str, object] = field(default_factory=dict)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"{self.method}({options})" if options else self.method
+
+
+def support(method: type[Method], facts: ModelFacts) -> Support:
+    """Whether a method runs on a model with its defaults, else with the first of its substitutes that does."""
+    reason = ""
+    for options in ({}, *method.substitutes):
+        try:
+            plan_stages(method(keep=0.5, **options), facts)  # type: ignore[arg-type]
+        except VTPruneError as error:
+            reason = reason or str(error)
+        else:
+            return Support(method.key, True, options, reason)
+    return Support(method.key, False, {}, reason)
+
+
+def plan(method: Method, facts: ModelFacts) -> list[Stage]:
+    """The stages of a method on a model, in the order of the forward pass.
+
+    Raises:
+        UnsupportedMethodError: the model lacks a site or a signal; names methods that work there.
+    """
+    try:
+        stages = plan_stages(method, facts)
+    except UnsupportedMethodError as error:
+        others = [support(cls, facts) for name, cls in methods.REGISTRY.items() if name != method.key]
+        working = [str(s) for s in others if s.works]
+        raise UnsupportedMethodError(
+            f"method {method.key!r} cannot run on {facts.name}: {error} Methods that work there: "
+            f"{', '.join(sorted(working))}."
+        ) from None
+    if not stages:
+        raise VTPruneError(f"method {method.key!r} has no stages on {facts.name}")
+    return stages
+
+
+def plan_stages(method: Method, facts: ModelFacts) -> list[Stage]:
+    """As :func:`plan`, without looking at other methods."""
+    stages = [
+        # The input of layer 0 is the input of the language model.
+        replace(s, site=Site("projector")) if s.site == Site("decoder", 0) else s
+        for s in method.stages(facts)
+    ]
+    stages.sort(key=lambda s: s.site.order)
+    for stage in stages:
+        _check_stage(stage, facts)
+    return stages
+
+
+def _check_stage(stage: Stage, facts: ModelFacts) -> None:
+    site = stage.site
+    if site.kind not in facts.sites:
+        raise UnsupportedMethodError(
+            f"it has no site {site.kind!r} (sites: {', '.join(sorted(facts.sites))})."
+        )
+    depth = facts.encoder_layers if site.kind == "vit" else facts.decoder_layers
+    if site.layer is not None and not 0 <= site.layer < depth:
+        raise InvalidOptionError(f"site {site} is outside the model: layers 0 to {depth - 1} can be pruned.")
+    for signal in stage.needs:
+        if signal.kind in facts.missing:
+            raise UnsupportedMethodError(f"{facts.missing[signal.kind]}.")
+        layers = facts.signals.get(signal.kind)
+        if layers is None or signal.layer not in layers:
+            raise UnsupportedMethodError(f"it cannot provide {signal.kind} of layer {signal.layer}.")
+        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in (
+            "vit",
+            "decoder",
+        )
+        if (late and signal.layer >= (site.layer or 0)) or (
+            signal.kind == "text_attention" and site.kind != "decoder"
+        ):
+            raise InvalidOptionError(
+                f"{signal.kind} of layer {signal.layer} is not known yet at site {site}."
+            )
