@@ -148,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(run=_show)
 
     commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
-    commands.add_parser("models", help="list supported model families").set_defaults(run=_models)
+    three = commands.add_parser("models", help="list supported model families")
+    three.add_argument(
+        "--matrix", action="store_true", help="print which method runs on which model, as Markdown tables"
+    )
+    three.set_defaults(run=_models)
     return parser
 
 
@@ -344,6 +348,11 @@ def _first_sentence(doc: str) -> str:
 
 
 def _models(arguments: argparse.Namespace) -> int:
+    if arguments.matrix:
+        from vtprune.testing.matrix import markdown
+
+        print(markdown())
+        return 0
     table = Table("family", "model", "classes", "library", "kind")
     for model in vtprune.list_models():
         table.add_row(model.name, model.title, "\n".join(model.classes), model.library, model.kind)

@@ -62,12 +62,11 @@ def show(
         pruned = prompter.texts(inputs, generate(model, inputs, 4 * NEW_TOKENS))[0]
         report = patch.report()
     dense = prompter.texts(inputs, generate(model, inputs, 4 * NEW_TOKENS))[0]
-    first = report.images[0]
-    kept = list(first.kept.values())[-1].tolist() if first.kept else list(range(first.layout.n_tokens))
+    rows, cols, kept = report.grid()
     drawing = comparison(
         prompter.seen(inputs, image),
-        first.layout.rows,
-        first.layout.cols,
+        rows,
+        cols,
         kept,
         question,
         dense,

@@ -21,7 +21,8 @@ def frame_layouts(grid: tuple[int, int], n: int, call: FeatureCall | None) -> li
     """Layouts of n equally large images, or of the frames of videos where the call says that they are such."""
     if call is None or call.modality != "video":
         return [TokenLayout(*grid, image=i) for i in range(n)]
-    frames = call.arguments["pixel_values_videos"].shape[1]
+    # The argument's name depends on model and version: pixel_values or pixel_values_videos, [videos, frames, ...].
+    frames = next(v for k, v in call.arguments.items() if k.startswith("pixel_values")).shape[1]
     return [TokenLayout(*grid, "video", i // frames, i % frames) for i in range(n)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import vtprune
 from vtprune.testing import llava_inputs, tiny_llava
+from vtprune.testing.matrix import markdown
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -21,3 +22,9 @@ def test_python_blocks_run() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102 - our own README
     assert namespace["patch"].report().engaged
+
+
+def test_matrix_is_the_generated_one() -> None:
+    found = re.search(r"<!-- matrix: .*? -->\n(.*?)\n<!-- /matrix -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    assert found[1].strip() == markdown(), "update README with the output of `vtprune models --matrix`"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.errors import VTPruneError
 from vtprune.layout import TokenLayout
 
 
@@ -46,7 +47,7 @@ class Stopwatch:
 
 @dataclass
 class ImageReport:
-    """One image (or video frame) of one sample.
+    """One image, tile of an image, or video frame of one sample.
 
     Attributes:
         sample: row in the batch.
@@ -92,7 +93,9 @@ class Report:
 
     Attributes:
         method, options, model, positions: what was patched, and the position policy in force per site.
-        images: every image of every sample.
+        images: every image (tile, frame) of every sample.
+        separator_tokens: placeholders per sample that show no content, such as newlines; they are always kept and
+            count as text.
         layers: decoder layers (empty for an encoder alone).
         decide_ms: site -> milliseconds spent measuring signals and deciding.
         decode_steps: forward passes after prefill that used this cache.
@@ -104,6 +107,7 @@ class Report:
     model: str
     positions: dict[str, str]
     n_samples: int = 0
+    separator_tokens: list[int] = field(default_factory=list)
     images: list[ImageReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     decode_steps: int = 0
@@ -117,6 +121,38 @@ class Report:
 
     def __deepcopy__(self, memo: object) -> Report:
         return self  # a record of the past; copies of a cache or model share it
+
+    def grid(self, sample: int = 0, picture: int = 0, time: int = 0) -> tuple[int, int, list[int]]:
+        """Rows and columns of a picture as a whole, and its surviving tokens in raster order.
+
+        Where a model cuts a picture into tiles this is the composite of the tiles, not the small base view.
+
+        Args:
+            sample: row of the batch.
+            picture: which image or video of that row, from 0.
+            time: which frame of a video.
+
+        Raises:
+            VTPruneError: there is no such picture.
+        """
+        found: dict[tuple[str, int], list[ImageReport]] = {}
+        for image in self.images:
+            if image.sample == sample:
+                found.setdefault((image.layout.modality, image.layout.image), []).append(image)
+        if not 0 <= picture < len(found):
+            raise VTPruneError(f"sample {sample} of this call has {len(found)} pictures; there is no {picture}.")
+        units = [i for i in list(found.values())[picture] if i.layout.time == time]
+        parts = [i for i in units if i.layout.tile] or units
+        if not parts:
+            raise VTPruneError(f"picture {picture} of sample {sample} has no frame {time}.")
+        rows = max(i.layout.top + i.layout.rows for i in parts)
+        cols = max(i.layout.left + i.layout.cols for i in parts)
+        kept: list[int] = []
+        for i in parts:
+            survivors = next(reversed(i.kept.values())) if i.kept else torch.arange(i.layout.n_tokens)
+            _, row, col = i.layout.coordinates(survivors.cpu())
+            kept += (row * cols + col).tolist()
+        return rows, cols, sorted(kept)
 
     def _per_sample(self, values: Sequence[tuple[int, int]]) -> list[int]:
         out = [0] * self.n_samples
@@ -167,6 +203,7 @@ class Report:
             "model": self.model,
             "positions": self.positions,
             "engaged": self.engaged,
+            "separator_tokens": self.separator_tokens,
             "samples": [
                 {
                     "visual_tokens_in": a,
@@ -187,6 +224,9 @@ class Report:
                     "sample": i.sample,
                     "modality": i.layout.modality,
                     "grid": [i.layout.rows, i.layout.cols],
+                    "image": i.layout.image,
+                    "tile": i.layout.tile,
+                    "origin": [i.layout.top, i.layout.left],
                     "time": i.layout.time,
                     "tokens_in": i.tokens_in,
                     "tokens_out": i.tokens_out,

@@ -211,10 +211,11 @@ class DecoderEngine(Bound):
                     "of its own around pictures; run the whole conversation at once"
                 )
             run.ready = ready
-            run.images, encodings = locate(
+            run.images, encodings, separators = locate(
                 frame, self.placeholders, self.encoder.history(), self.owner, embeds.device
             )
             run.report = self.new_report()
+            run.report.separator_tokens = separators
             run.report.n_samples = len(embeds)
             run.report.images = [i.report for i in run.images]
             for encoding in encodings:

@@ -184,8 +184,8 @@ def locate(
     runs: Sequence[Encoding],
     owner: int,
     device: torch.device,
-) -> tuple[list[PromptImage], list[Encoding]]:
-    """The images of a prompt, in reading order, and the encoder runs they came from.
+) -> tuple[list[PromptImage], list[Encoding], list[int]]:
+    """The images of a prompt in reading order, the encoder runs they came from, and separator tokens per row.
 
     Finding placeholders synchronises the device (their number is data).
 
@@ -201,6 +201,7 @@ def locate(
     assert frame.ids is not None
     images: list[PromptImage] = []
     encodings: list[Encoding] = []
+    separators = [0] * len(frame.ids)
     waiting = list(runs if frame.runs is None else frame.runs)
     for modality, token in placeholders.items():
         where = frame.ids == token
@@ -218,6 +219,8 @@ def locate(
         for unit in units:
             shown.setdefault(unit.image, []).append(unit)
         for row, numbers in enumerate(assign(sizes, per_row, modality)):
+            shows = sum(unit.layout.n_tokens for n in numbers for unit in shown.get(n, []))
+            separators[row] += per_row[row] - shows
             for number, run in zip(numbers, cols[row].split([sizes[n] for n in numbers]), strict=True):
                 for unit in shown.get(number, []):
                     kept = {site: encoding.shown(unit, alive) for site, alive in encoding.kept.items()}
@@ -228,7 +231,7 @@ def locate(
         raise UnsupportedCallError("pixel values were given, but the prompt holds no placeholder for them")
     # Pictures and videos were found one kind after the other; only where both occur is their order not known yet.
     images.sort(key=(lambda i: i.row) if len(encodings) < 2 else (lambda i: (i.row, int(i.cols.min()))))
-    return images, encodings
+    return images, encodings, separators
 
 
 def _encoding_of(frame: Frame, modality: str, waiting: list[Encoding], owner: int) -> Encoding:

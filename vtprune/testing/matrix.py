@@ -33,29 +33,24 @@ def cells(name: str) -> dict[str, Support]:
 
 
 def markdown() -> str:
-    """The matrix as two Markdown tables."""
-    return "\n".join(_lines())
+    """The matrix as two Markdown tables, the one of README."""
+    return "\n".join(_lines()).strip()
 
 
 def _lines() -> Iterator[str]:
     keys = sorted(methods.REGISTRY)
     for title, zoo in (("vision-language model", LVLMS), ("encoder alone", ENCODERS)):
-        yield f"| {title} | class | sites | {' | '.join(f'`{k}`' for k in keys)} |"
-        yield f"|---|---|---|{':-:|' * len(keys)}"
+        yield f"| {title} | class | sites | {' | '.join(f'`{k}`' for k in keys)} | tested as |"
+        yield f"|---|---|---|{':-:|' * len(keys)}---|"
         for name in zoo:
             family, cls, facts = facts_of(name)
             sites = ", ".join(s for s in SITE_KINDS if s in facts.sites)
-            row = [_mark(support(methods.REGISTRY[k], facts)) for k in keys]
-            yield f"| {_title(name, family)} | `{cls}` | {sites} | {' | '.join(row)} |"
+            row = [_mark(cell) for _, cell in sorted(cells(name).items())]
+            yield f"| {family.title} | `{cls}` | {sites} | {' | '.join(row)} | `{name}` |"
         yield ""
-
-
-def _title(name: str, family: Family) -> str:
-    variant = name.removeprefix(family.name).strip("_").replace("_", " ")
-    return f"{family.title} ({variant})" if variant and name.startswith(family.name) else family.title
 
 
 def _mark(cell: Support) -> str:
     if not cell.works:
         return "no"
-    return ", ".join(str(v) for v in cell.options.values()) or "yes"
+    return ", ".join(f"{k}={v}" for k, v in cell.options.items()) or "yes"

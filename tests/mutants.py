@@ -1,0 +1,288 @@
+"""Breaks the engine on purpose, one way at a time, and shows that the tests catch every one.
+
+    python tests/mutants.py            all mutants
+    python tests/mutants.py NAME ...   some
+    python tests/mutants.py --list
+
+Each mutant replaces one piece of text in a temporary copy of the repository and runs the contract tests there until
+the first failure. The exit status is 1 if a mutant survives, or if its text is no longer found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/contract", "tests/test_contract.py", "tests/test_engine_edges.py", "tests/test_encoders.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One deliberate fault.
+
+    Attributes:
+        name: what is broken.
+        path: file, relative to the root.
+        text: what stands there; must occur exactly once.
+        fault: what is put instead.
+    """
+
+    name: str
+    path: str
+    text: str
+    fault: str
+
+
+DECODER, SEQUENCE, ENCODER = "vtprune/engine/decoder.py", "vtprune/engine/sequence.py", "vtprune/engine/encoder.py"
+MUTANTS = (
+    Mutant(
+        "off by one in kept indices",
+        SEQUENCE,
+        "        self.alive[rows, cols] = False\n",
+        "        self.alive[rows, (cols + 1).clamp(max=self.length - 1)] = False\n",
+    ),
+    Mutant(
+        "wrong padding side",
+        SEQUENCE,
+        "col, valid = ops.compact(self.alive, n_slots, self.left)",
+        "col, valid = ops.compact(self.alive, n_slots, not self.left)",
+    ),
+    Mutant(
+        "unsorted indices",
+        "vtprune/selection.py",
+        "return cls(tuple(index.sort(-1).values.unbind(0)))",
+        "return cls(tuple(index.unbind(0)))",
+    ),
+    Mutant(
+        "positions renumbered although original was asked for",
+        SEQUENCE,
+        "        if renumber:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "positions kept although dense was asked for",
+        SEQUENCE,
+        "            positions = positions - self.renumbered.cumsum(1)\n",
+        "            positions = positions - 0 * self.renumbered.cumsum(1)\n",
+    ),
+    Mutant(
+        "shift of dense positions forgotten in decoding",
+        SEQUENCE,
+        "        shift = past.shift if past is not None else None\n",
+        "        shift = None\n",
+    ),
+    Mutant(
+        "padding mask not carried into decoding",
+        SEQUENCE,
+        "        before = past.valid if past is not None else None\n",
+        "        before = None\n",
+    ),
+    Mutant(
+        "mask not replaced behind a decoder stage",
+        DECODER,
+        'kwargs = {**kwargs, "attention_mask": self._mask(run, segment, layer, hidden)}',
+        "kwargs = dict(kwargs)",
+    ),
+    Mutant(
+        "ready masks not gathered",
+        DECODER,
+        "            return _gather_mask(run.ready[kind], segment)\n",
+        "            return run.ready[kind][:, :, -segment.n_slots :, -segment.n_slots :]\n",
+    ),
+    Mutant(
+        "window counted in slots",
+        DECODER,
+        "    keys = segment.columns\n",
+        "    keys = torch.arange(segment.columns.shape[1]).expand_as(segment.columns)\n",
+    ),
+    Mutant(
+        "hidden states not gathered behind a decoder stage: the cache stays full",
+        DECODER,
+        "            hidden = ops.gather_tokens(hidden, tokens.slot_of(before).gather(1, segment.col))\n",
+        "            hidden = hidden\n",
+    ),
+    Mutant(
+        "nothing gathered before the language model: the cache stays full",
+        DECODER,
+        "        segment = tokens.begin_segment(0)\n",
+        "        tokens.alive = None\n        tokens.counts = [tokens.length] * tokens.batch\n"
+        "        segment = tokens.begin_segment(0)\n",
+    ),
+    Mutant(
+        "rope not gathered in the decoder",
+        DECODER,
+        "                tables = tuple(gather_table(t, index) for t in tables)\n",
+        "                tables = tuple(t[..., : index.shape[1], :] for t in tables)\n",
+    ),
+    Mutant(
+        "rope not gathered in packed encoders",
+        "integrations/towers.py",
+        'kwargs["position_embeddings"] = tuple(t[rows] for t in tables)',
+        'kwargs["position_embeddings"] = tuple(t[: len(rows)] for t in tables)',
+    ),
+    Mutant(
+        "rope not gathered in encoders alone",
+        "integrations/towers.py",
+        "rectangle([rows[alive] for alive in encoding.alive])",
+        "rectangle([rows[: len(alive)] for alive in encoding.alive])",
+    ),
+    Mutant(
+        "segment borders of packed encoders not moved",
+        "integrations/towers.py",
+        '        kwargs["cu_seqlens"] = torch.unique_consecutive(borders)\n',
+        '        kwargs["cu_seqlens"] = kwargs["cu_seqlens"].clamp(max=len(rows))\n',
+    ),
+    Mutant(
+        "indices of the wrong sample",
+        "vtprune/engine/deciding.py",
+        "            out[i] = selection.image(g)\n",
+        "            out[i] = selection.image(len(members) - 1 - g)\n",
+    ),
+    Mutant(
+        "signals of the wrong sample",
+        DECODER,
+        "                return text[s][image.row][:, where(image, image.alive)].transpose(0, 1)\n",
+        "                return text[s][0][:, where(image, image.alive)].transpose(0, 1)\n",
+    ),
+    Mutant(
+        "merged weights not normalised",
+        "kernels/reference.py",
+        "    weighted = x.to(acc) * (weight * (into >= 0)).to(acc).unsqueeze(-1)\n",
+        "    weighted = x.to(acc) * (into >= 0).to(acc).unsqueeze(-1)\n",
+    ),
+    Mutant(
+        "merged features not written back",
+        DECODER,
+        "                hidden[image.row, where(image, kept)] = selection.apply(rows)\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "hooks left behind",
+        "vtprune/engine/journal.py",
+        "        self._undo.append(handle.remove)\n",
+        "        self._undo.append(lambda: None)\n",
+    ),
+    Mutant(
+        "wrapped methods left behind",
+        "vtprune/engine/journal.py",
+        "                delattr(owner, name)\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "cache counts physical slots",
+        "vtprune/engine/cache.py",
+        "        return self.vtprune.logical\n",
+        "        return physical_length(self, layer_idx)\n",
+    ),
+    Mutant(
+        "beam search does not reorder the validity of slots",
+        "vtprune/engine/cache.py",
+        "        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))\n",
+        "        self._each(lambda t: t.flip(0))\n",
+    ),
+    Mutant(
+        "deepstack features of the wrong tokens",
+        DECODER,
+        "features[rank.gather(1, col)[survives].to(features.device)]",
+        "features[: int(survives.sum())]",
+    ),
+    Mutant(
+        "tiles in the wrong place",
+        "integrations/llava_next.py",
+        "n + rows * width + cols, source))",
+        "n + rows * (width - 1) + cols, source))",
+    ),
+    Mutant(
+        "newline tokens removed with content",
+        "integrations/llava_next.py",
+        "        grid = cells.view(-1, width, 3)[:, :-1, :2]  # without the newline that ends each row\n",
+        "        grid = cells.view(-1, width, 3)[:, :, :2]\n",
+    ),
+    Mutant(
+        "logits not put at the caller's columns",
+        SEQUENCE,
+        "        rank = self.alive.cumsum(1) - 1\n",
+        "        rank = self.alive.cumsum(1) * 0 + torch.arange(self.length, device=self.device)\n"
+        "        rank = rank.clamp(max=self.now.n_slots - 1)\n",
+    ),
+    Mutant(
+        "decisions not repeated without a cache",
+        "vtprune/engine/prompt.py",
+        "        if memo is None or not grown or",
+        "        if True or not grown or",
+    ),
+    Mutant(
+        "silent where nothing was removed",
+        "vtprune/engine/deciding.py",
+        "    if stage.must_prune and demanded and not removed:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "lost hooks not noticed",
+        "vtprune/engine/journal.py",
+        "        if gone:\n",
+        "        if False:\n",
+    ),
+)
+
+
+def run(mutant: Mutant, source: Path, workers: str) -> tuple[bool, str]:
+    """Whether a mutant was caught, and by which test."""
+    path = source / mutant.path
+    whole = path.read_text()
+    if whole.count(mutant.text) != 1:
+        return False, f"its text occurs {whole.count(mutant.text)} times in {mutant.path}; update tests/mutants.py"
+    path.write_text(whole.replace(mutant.text, mutant.fault))
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", workers, *TESTS]
+        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=source, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        path.write_text(whole)
+    failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode == 1 and failed:
+        return True, failed[0].removeprefix("FAILED ").removeprefix("ERROR ")
+    return False, "no test failed" if done.returncode == 0 else f"pytest ended with {done.returncode}"
+
+
+def main() -> int:
+    """Runs mutants and prints one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("-n", dest="workers", default="2", help="parallel workers (default 2)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - {m.name for m in MUTANTS}
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; see --list")
+    chosen = [m for m in MUTANTS if not arguments.names or m.name in arguments.names]
+    if arguments.list:
+        print("\n".join(m.name for m in chosen))
+        return 0
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+        for mutant in chosen:
+            start = time.monotonic()
+            caught, by = run(mutant, source, arguments.workers)
+            survivors += not caught
+            word = "caught  " if caught else "SURVIVED"
+            print(f"{word} {mutant.name} ({time.monotonic() - start:.0f} s): {by}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
