@@ -8,6 +8,7 @@ from torch import nn
 
 from vtprune.integrations.base import Integration
 from vtprune.integrations.hf import assemble, base_of, clip_like_tower, decoder_of
+from vtprune.method import ENCODER_SIGNALS
 
 QUERIES = "the tokens of Aria are learned queries, no token shows a place of the encoder's grid"
 
@@ -28,5 +29,5 @@ def integrate(model: nn.Module) -> Integration:
 
     tower = clip_like_tower(base.get_submodule("vision_tower"), None, [-1], tokens=tokens)
     decoder = decoder_of(base.get_submodule("language_model"), type(model).__name__)
-    missing = dict.fromkeys(("cls_attention", "received_attention", "encoder_keys"), QUERIES)
+    missing = dict.fromkeys(ENCODER_SIGNALS, QUERIES)
     return assemble(model, base, [tower], decoder, sites=("projector", "decoder"), missing=missing)

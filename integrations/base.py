@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.layout import TokenLayout
-from vtprune.method import ModelFacts, Signal
+from vtprune.method import CLS_SIGNALS, ENCODER_SIGNALS, VALUE_SIGNALS, WHOLE_IMAGE, ModelFacts, Signal
 from vtprune.report import Stopwatch
+from vtprune.selection import Selection
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -92,6 +93,8 @@ class Encoding:
         kept: site -> `alive` behind it.
         watches: site -> time spent measuring and deciding.
         fired: number of decisions taken so far.
+        sizes: [K_i] float per image, how many original tokens each alive one stands for; None while all are one.
+        proportional: whether layers weigh tokens by these sizes.
         signals: token-first tensors [N_i, ...] per image with the alive indices they were measured on.
         extra: whatever the vision tower needs to remember between its layers.
     """
@@ -113,10 +116,34 @@ class Encoding:
         self.kept: dict[str, list[Tensor]] = {}
         self.watches: dict[str, Stopwatch] = {}
         self.fired = 0
+        self.sizes: list[Tensor] | None = None
+        self.proportional = False
         self.device = device
         self._packed: dict[Signal, list[Tensor]] = {}
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
+
+    def resize(self, image: int, where: Tensor, selection: Selection) -> None:
+        """Updates the sizes of an image before its tokens are selected.
+
+        Args:
+            where: [M] places of the deciding tokens among the alive ones.
+            selection: of these M tokens.
+        """
+        if self.sizes is None and selection.into is None:
+            return
+        if self.sizes is None:
+            self.sizes = [torch.ones(len(a), device=a.device) for a in self.alive]
+        size = self.sizes[image][where]
+        index = selection.index[0]
+        if selection.into is None:
+            self.sizes[image] = size[index]
+            return
+        into = selection.into[0]
+        merged = torch.zeros(len(index) + 1, device=size.device).index_add(
+            0, into.where(into >= 0, len(index)), size
+        )
+        self.sizes[image] = merged[:-1]
 
     def __deepcopy__(self, memo: object) -> Encoding:
         return self  # a record of one run; assisted generation copies the encoder's output, which carries it
@@ -144,6 +171,13 @@ class Encoding:
     def signal(self, signal: Signal, image: int, tokens: Tensor) -> Tensor:
         """A signal for some tokens [K] of an image's grid that are alive now, [K, ...]."""
         values, alive = self.signals[signal]
+        if signal.kind in WHOLE_IMAGE:
+            return values[image]
+        if signal.kind == "attention_map":
+            places = torch.searchsorted(alive[image], tokens)
+            p = len(values[image]) - len(alive[image])
+            index = torch.cat([torch.arange(p, device=places.device), places + p])
+            return values[image][index][:, index]
         if len(tokens) == len(alive[image]):
             return values[image]
         return values[image][torch.searchsorted(alive[image], tokens)]
@@ -177,9 +211,8 @@ class Encoding:
         assert self.packing is not None
         assert self.packing.pack is not None
         if signal not in self._packed:
-            values = torch.stack(
-                self.signals[signal][0]
-            )  # [I, N, ...], resampling models prune behind them only
+            # [I, N, ...]; models that resample prune behind that only.
+            values = torch.stack(self.signals[signal][0])
             self._packed[signal] = [
                 run.unflatten(-1, values.shape[2:]) for run in self.packing.pack(values.flatten(2))
             ]
@@ -188,19 +221,40 @@ class Encoding:
 
 @dataclass
 class AttentionTap:
-    """Reads queries and keys out of a stock attention module without changing it.
+    """Reads queries, keys and values out of a stock attention module without changing it.
 
     Attributes:
         module: the attention module.
-        projections: its submodules whose outputs hold q and k.
-        heads: (outputs of `projections`, keyword arguments of `module`) -> q, k as [B, H, L, d].
+        projections: its submodules whose outputs hold q, k and v.
+        heads: (outputs of `projections`, keyword arguments of `module`) -> q, k, v as [B, H, L, d]; v may be None.
         scale: factor on the logits.
+        output: its submodule that receives the concatenated heads [.., H d], where there is one.
     """
 
     module: nn.Module
     projections: tuple[nn.Module, ...]
-    heads: Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, Tensor]]
+    heads: Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, Tensor, Tensor | None]]
     scale: float
+    output: nn.Module | None = None
+
+
+@dataclass
+class Attended:
+    """What was read at one attention layer.
+
+    Attributes:
+        q, k, v: [B, H, L, d]; v is None where the model does not show it.
+        mixed: [B, L, H, d] output of every head, where it was asked for.
+        scale: factor on the logits.
+        kwargs: keyword arguments of the attention module.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    mixed: Tensor | None
+    scale: float
+    kwargs: Mapping[str, Any]
 
 
 class VisionTower(ABC):
@@ -246,12 +300,9 @@ class VisionTower(ABC):
         self,
         encoding: Encoding,
         signal: Signal,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        kwargs: Mapping[str, Any],
+        seen: Attended,
     ) -> list[Tensor]:
-        """Computes a signal from a layer's q and k; token-first per image."""
+        """Computes a signal from what was read at a layer, per image: token-first, but for signals in `WHOLE_IMAGE`."""
 
     @abstractmethod
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
@@ -367,12 +418,10 @@ class Integration:
 def encoder_facts(name: str, depth: int, has_cls: bool) -> ModelFacts:
     """What methods may know of an encoder alone whose layers can all be read."""
     layers = frozenset(range(depth))
-    signals = {"received_attention": layers, "encoder_keys": layers}
-    missing = {}
-    if has_cls:
-        signals["cls_attention"] = layers
-    else:
-        missing["cls_attention"] = f"this {name} has no class token; use scorer='received'"
+    missing = dict.fromkeys(VALUE_SIGNALS, f"values of {name} are not read")
+    if not has_cls:
+        missing |= dict.fromkeys(CLS_SIGNALS, f"this {name} has no class token; use scorer='received'")
+    signals = {kind: layers for kind in ENCODER_SIGNALS if kind not in missing}
     return ModelFacts(
         name=name,
         encoder_layers=depth,
@@ -380,4 +429,5 @@ def encoder_facts(name: str, depth: int, has_cls: bool) -> ModelFacts:
         sites=frozenset({"vit", "encoder"}),
         signals=signals,
         missing=missing,
+        proportional=True,
     )

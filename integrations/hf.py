@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtprune.errors import UnsupportedModelError
 from vtprune.integrations.base import AttentionTap, Decoder, Integration, VisionTower
 from vtprune.integrations.towers import BatchedViT
-from vtprune.method import SITE_KINDS, ModelFacts
+from vtprune.method import CLS_SIGNALS, DECODER_SIGNALS, ENCODER_SIGNALS, SITE_KINDS, ModelFacts
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -112,15 +112,15 @@ def decoder_of(
     )
 
 
-def self_attention_tap(attn: nn.Module, head_dim: int, scale: float | None = None) -> AttentionTap:
-    """Tap of an attention module with `q_proj` and `k_proj` and without rotary embedding."""
+def self_attention_tap(attn: nn.Module, head_dim: int, output: str = "out_proj") -> AttentionTap:
+    """Tap of an attention module with `q_proj`, `k_proj` and `v_proj` and without rotary embedding."""
 
-    def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        q, k = outputs
-        return split_heads(q, head_dim), split_heads(k, head_dim)
+    def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = outputs
+        return split_heads(q, head_dim), split_heads(k, head_dim), split_heads(v, head_dim)
 
-    projections = (attn.get_submodule("q_proj"), attn.get_submodule("k_proj"))
-    return AttentionTap(attn, projections, heads, scale or head_dim**-0.5)
+    projections = tuple(attn.get_submodule(n) for n in ("q_proj", "k_proj", "v_proj"))
+    return AttentionTap(attn, projections, heads, head_dim**-0.5, attn.get_submodule(output))
 
 
 def padding_reason(config: Any) -> Callable[[], str | None]:
@@ -240,15 +240,13 @@ def assemble(
     """
     name, tower = type(model).__name__, towers[0]
     missing = dict(missing or {})
-    if not tower.has_cls and "cls_attention" not in missing:
-        missing["cls_attention"] = f"the vision encoder of {name} has no [CLS] token; use scorer='received'"
+    if not tower.has_cls:
+        reason = f"the vision encoder of {name} has no [CLS] token; use scorer='received'"
+        missing = dict.fromkeys(CLS_SIGNALS, reason) | missing
     layers = frozenset(range(len(tower.layers)))
-    signals: dict[str, frozenset[int]] = {
-        "cls_attention": layers,
-        "received_attention": layers,
-        "encoder_keys": layers,
-        "text_attention": frozenset(range(len(decoder.layers))),
-    }
+    text_layers = frozenset(range(len(decoder.layers)))
+    signals: dict[str, frozenset[int]] = dict.fromkeys(ENCODER_SIGNALS, layers)
+    signals |= dict.fromkeys(DECODER_SIGNALS, text_layers)
     placeholders = {"image": model.config.image_token_id if image_token is None else image_token}
     if video:
         placeholders["video"] = model.config.video_token_id
@@ -261,6 +259,7 @@ def assemble(
             signals={kind: where for kind, where in signals.items() if kind not in missing},
             missing=missing,
             mrope=decoder.mrope,
+            proportional="vit" in sites and isinstance(tower, BatchedViT),
         ),
         towers=towers,
         decoder=decoder,

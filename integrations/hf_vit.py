@@ -54,12 +54,12 @@ def integrate(model: nn.Module) -> Integration:
         query, key = (attn.get_submodule(n) for n in names)
         head_dim = query.out_features // config.num_attention_heads
 
-        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, None]:
             q, k = (split_heads(x, head_dim) for x in outputs)
             tables = kwargs.get("position_embeddings")
             if tables is not None:
                 q, k = sys.modules[type(attn).__module__].apply_rotary_pos_emb(q, k, *tables)
-            return q, k
+            return q, k, None
 
         return AttentionTap(attn, (query, key), heads, head_dim**-0.5)
 

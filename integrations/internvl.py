@@ -32,11 +32,14 @@ def integrate(model: nn.Module) -> Integration:
     def tap(layer: int) -> AttentionTap:
         attn: Any = layers[layer].get_submodule("attention")
 
-        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-            q, k = outputs
-            return split_heads(attn.q_norm(q), attn.head_dim), split_heads(attn.k_norm(k), attn.head_dim)
+        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = outputs
+            q, k, v = (split_heads(x, attn.head_dim) for x in (attn.q_norm(q), attn.k_norm(k), v))
+            return q, k, v
 
-        return AttentionTap(attn, (attn.q_proj, attn.k_proj), heads, attn.scale)
+        return AttentionTap(
+            attn, (attn.q_proj, attn.k_proj, attn.v_proj), heads, attn.scale, attn.projection_layer
+        )
 
     def tokens(grid: tuple[int, int], call: object) -> tuple[int, int]:
         return int(grid[0] * config.downsample_ratio), int(grid[1] * config.downsample_ratio)

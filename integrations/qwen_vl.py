@@ -41,15 +41,16 @@ def integrate(model: nn.Module) -> Integration:
     def tap(layer: int) -> AttentionTap:
         attn: Any = blocks[layer].get_submodule("attn")
 
-        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
             (qkv,) = outputs
-            q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
+            q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
             rotary = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision
             q, k = rotary(q, k, *kwargs["position_embeddings"])
-            return q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return q, k, v
 
         head_dim = attn.qkv.in_features // attn.num_heads
-        return AttentionTap(attn, (attn.qkv,), heads, head_dim**-0.5)
+        return AttentionTap(attn, (attn.qkv,), heads, head_dim**-0.5, attn.proj)
 
     deepstack = getattr(visual, "deepstack_merger_list", None)
     tower = PackedViT(

@@ -57,7 +57,7 @@ def integrate(model: nn.Module) -> Integration:
     def tap(layer: int) -> AttentionTap:
         attn: Any = attentions[layer]
 
-        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, None]:
             q, k = outputs
             if kwargs.get("is_causal"):
                 raise UnsupportedCallError(
@@ -66,15 +66,15 @@ def integrate(model: nn.Module) -> Integration:
                 )
             rope = kwargs.get("rope")
             if rope is None:
-                return q, k
+                return q, k, None
             from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
             half, prefix = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
             for x in (rotated := [q.clone(), k.clone()]):
                 x[:, :, prefix:] = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
-            return rotated[0], rotated[1]
+            return rotated[0], rotated[1], None
 
-        return AttentionTap(attn, (attn.q_norm, attn.k_norm), heads, attn.scale)
+        return AttentionTap(attn, (attn.q_norm, attn.k_norm), heads, attn.scale, attn.proj)
 
     def pools() -> str | None:
         if net.attn_pool is not None or net.global_pool not in ("", "token"):

@@ -10,9 +10,17 @@ from torch import Tensor, nn
 
 from vtprune import ops
 from vtprune.errors import UnsupportedCallError
-from vtprune.integrations.base import AttentionTap, Call, Encoding, FeatureCall, Packing, VisionTower
+from vtprune.integrations.base import (
+    Attended,
+    AttentionTap,
+    Call,
+    Encoding,
+    FeatureCall,
+    Packing,
+    VisionTower,
+)
 from vtprune.layout import TokenLayout
-from vtprune.method import Signal
+from vtprune.method import WHOLE_IMAGE, Signal
 
 WHOLE = "tokens of this encoder cannot be removed inside it; its integration must not offer such a site"
 
@@ -36,6 +44,37 @@ def resample(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     else:
         planes = nn.functional.avg_pool2d(planes, (old[0] // new[0], old[1] // new[1]))
     return planes.flatten(2).transpose(1, 2).reshape(len(x), new[0] * new[1], *x.shape[2:]).to(x.dtype)
+
+
+def block_map(maps: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Attention maps [I, P + N, P + N] between coarser tokens: means over the queries, sums over the keys of a token."""
+    ratio = (old[0] * old[1]) / (new[0] * new[1])
+    tokens = resample(maps[:, prefix:], old, new)  # rows
+    maps = torch.cat([maps[:, :prefix], tokens], 1).transpose(1, 2)
+    tokens = resample(maps[:, prefix:], old, new) * ratio
+    return torch.cat([maps[:, :prefix], tokens], 1).transpose(1, 2)
+
+
+def whole_image(signal: Signal, seen: Attended) -> Tensor:
+    """[I, H, d] query, key or value of the class token."""
+    source = {"cls_query": seen.q, "cls_key": seen.k, "cls_value": seen.v}[signal.kind]
+    assert source is not None
+    return source[:, :, 0]
+
+
+def per_token(signal: Signal, seen: Attended) -> Tensor:
+    """[I, L, ...] signals that need no other token."""
+    if signal.kind == "encoder_keys":
+        return seen.k.mean(1)
+    if signal.kind == "encoder_key_heads":
+        return seen.k.transpose(1, 2)
+    if signal.kind == "encoder_values":
+        assert seen.v is not None
+        return seen.v.transpose(1, 2)
+    assert signal.kind == "head_output_norms", signal.kind
+    assert seen.mixed is not None
+    norms: Tensor = torch.linalg.vector_norm(seen.mixed.float(), dim=-1)
+    return norms
 
 
 def rectangle(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -117,24 +156,31 @@ class BatchedViT(VisionTower):
         self,
         encoding: Encoding,
         signal: Signal,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        kwargs: Mapping[str, Any],
+        seen: Attended,
     ) -> list[Tensor]:
         p, valid = self.prefix, encoding.extra.get("valid")
-        if valid is None and kwargs.get(self._mask_argument) is not None:
+        if valid is None and seen.kwargs.get(self._mask_argument) is not None:
             raise UnsupportedCallError(
                 f"the {type(self.module).__name__} was called with an {self._mask_argument}, which measured signals "
                 "would ignore; leave it out, or use a method that reads no attention"
             )
-        if signal.kind == "encoder_keys":
-            values = k[:, :, p:].mean(1)
-        elif signal.kind == "cls_attention":
-            values = ops.attention_rows(q[:, :, :1], k, scale, valid)[:, :, 0, p:].transpose(1, 2)
-        else:
-            values = ops.received_attention(q, k, scale, valid)[:, :, p:].transpose(1, 2)
+        if signal.kind in WHOLE_IMAGE:
+            return list(whole_image(signal, seen))
         grid = encoding.layouts[0]
+        if signal.kind == "attention_map":
+            maps = ops.attention_rows(seen.q, seen.k, seen.scale, valid).mean(1)
+            old = encoding.extra["patches"]
+            if (grid.rows, grid.cols) != old:
+                maps = block_map(maps, p, old, (grid.rows, grid.cols))
+            return [m[: p + n, : p + n] for m, n in zip(maps, encoding.counts, strict=True)]
+        if signal.kind == "cls_attention":
+            values = ops.attention_rows(seen.q[:, :, :1], seen.k, seen.scale, valid)[:, :, 0, p:].transpose(
+                1, 2
+            )
+        elif signal.kind == "received_attention":
+            values = ops.received_attention(seen.q, seen.k, seen.scale, valid)[:, :, p:].transpose(1, 2)
+        else:
+            values = per_token(signal, seen)[:, p:]
         # Models that make one token of several patches do so behind their last layer: all patches are here.
         if (grid.rows, grid.cols) != encoding.extra["patches"]:
             values = resample(values, encoding.extra["patches"], (grid.rows, grid.cols))
@@ -175,14 +221,23 @@ class BatchedViT(VisionTower):
                 "leave it out, or prune behind the encoder"
             )
         valid: Tensor | None = encoding.extra.get("valid")
-        if valid is None:
+        sizes = encoding.sizes if encoding.proportional else None
+        if valid is None and sizes is None:
             return args, kwargs
-        mask: Tensor = valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
-        if self._additive():
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        length = hidden.shape[1]
+        mask: Tensor
+        if valid is None:
+            mask = torch.ones(len(hidden), 1, length, length, dtype=torch.bool, device=hidden.device)
+        else:
+            mask = valid[:, None, None, :].expand(-1, 1, length, -1)
+        if self._additive() or sizes is not None:
             mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(
                 ~mask, torch.finfo(hidden.dtype).min
             )
+        if sizes is not None:
+            bias = rectangle([size.log().unsqueeze(-1) for size in sizes])[0][..., 0]
+            mask[..., self.prefix :] += bias[:, None, None].to(mask.dtype)
         if positional:
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, name: mask}
@@ -262,21 +317,35 @@ class PackedViT(VisionTower):
         self,
         encoding: Encoding,
         signal: Signal,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        kwargs: Mapping[str, Any],
+        seen: Attended,
     ) -> list[Tensor]:
-        if signal.kind == "encoder_keys":
-            per_patch = k[0].mean(0)  # [patches, d]
+        if signal.kind == "attention_map":
+            return self._maps(encoding, seen)
+        if signal.kind == "received_attention":
+            lengths = seen.kwargs["cu_seqlens"].diff().tolist()
+            parts = zip(seen.q.split(lengths, 2), seen.k.split(lengths, 2), strict=True)
+            received = [ops.received_attention(a, b, seen.scale) for a, b in parts]
+            per_patch = torch.cat(received, -1)[0].transpose(0, 1)
         else:
-            lengths = kwargs["cu_seqlens"].diff().tolist()
-            parts = zip(q.split(lengths, 2), k.split(lengths, 2), strict=True)
-            per_patch = torch.cat([ops.received_attention(a, b, scale) for a, b in parts], -1)[0].transpose(
-                0, 1
-            )
+            per_patch = per_token(signal, seen)[0]
         # A token is the mean of its patches.
         return self._in_order(encoding, per_patch.unflatten(0, (-1, self.unit)).mean(1))
+
+    def _maps(self, encoding: Encoding, seen: Attended) -> list[Tensor]:
+        """[K, K] attention between the tokens of every image; zero across windows."""
+        lengths = seen.kwargs["cu_seqlens"].diff().tolist()
+        parts = zip(seen.q.split(lengths, 2), seen.k.split(lengths, 2), strict=True)
+        blocks = [ops.attention_rows(a, b, seen.scale).mean(1)[0] for a, b in parts]
+        # A token's query is the mean of its patches' rows, what it receives the sum of their columns.
+        u = self.unit
+        blocks = [b.unflatten(0, (-1, u)).mean(1).unflatten(1, (-1, u)).sum(2) for b in blocks]
+        index = encoding.extra["order"].argsort()
+        whole = torch.block_diag(*blocks)[index][:, index]
+        out, start = [], 0
+        for n in encoding.counts:
+            out.append(whole[start : start + n, start : start + n])
+            start += n
+        return out
 
     def _in_order(self, encoding: Encoding, packed: Tensor) -> list[Tensor]:
         order: Tensor = encoding.extra["order"]
@@ -368,23 +437,26 @@ class PackedGrid(VisionTower):
         self,
         encoding: Encoding,
         signal: Signal,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        kwargs: Mapping[str, Any],
+        seen: Attended,
     ) -> list[Tensor]:
         patches: list[tuple[int, int]] = encoding.extra["patches"]
         lengths = [h * w for h, w in patches]
         out = []
         for grid, layout, a, b in zip(
-            patches, encoding.layouts, q.split(lengths, 2), k.split(lengths, 2), strict=True
+            patches, encoding.layouts, seen.q.split(lengths, 2), seen.k.split(lengths, 2), strict=True
         ):
+            new = (layout.rows, layout.cols)
+            if signal.kind == "attention_map":
+                out.append(block_map(ops.attention_rows(a, b, seen.scale).mean(1), 0, grid, new)[0])
+                continue
+            part = Attended(a, b, None, None, seen.scale, seen.kwargs)
+            received = signal.kind == "received_attention"
             values = (
-                b.mean(1)
-                if signal.kind == "encoder_keys"
-                else ops.received_attention(a, b, scale).transpose(1, 2)
+                ops.received_attention(a, b, seen.scale).transpose(1, 2)
+                if received
+                else per_token(signal, part)
             )
-            out.append(resample(values, grid, (layout.rows, layout.cols))[0])
+            out.append(resample(values, grid, new)[0])
         return out
 
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:

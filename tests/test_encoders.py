@@ -514,7 +514,7 @@ def test_signals_of_every_layer(name: str) -> None:
 
     with patched(model, Scripted(reads=reads, script=[keep])) as patch:
         model(images)
-        assert set(patch.facts.signals) == set(names)
+        assert set(names) <= set(patch.facts.signals)
     for i, image in enumerate(images):
         judge.run(image)
         for signal in reads:

@@ -25,6 +25,8 @@ def test_python_blocks_run() -> None:
 
 
 def test_matrix_is_the_generated_one() -> None:
-    found = re.search(r"<!-- matrix: .*? -->\n(.*?)\n<!-- /matrix -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(
+        r"<!-- matrix: .*? -->\n(.*?)\n<!-- /matrix -->", README.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert found is not None
     assert found[1].strip() == markdown(), "update README with the output of `vtprune models --matrix`"

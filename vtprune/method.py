@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
@@ -21,7 +22,47 @@ from vtprune.selection import Selection
 
 SiteKind = Literal["vit", "encoder", "projector", "decoder"]
 SITE_KINDS: tuple[SiteKind, ...] = ("vit", "encoder", "projector", "decoder")
-SignalKind = Literal["cls_attention", "received_attention", "encoder_keys", "text_attention"]
+SignalKind = Literal[
+    "cls_attention",
+    "received_attention",
+    "attention_map",
+    "encoder_keys",
+    "encoder_key_heads",
+    "encoder_values",
+    "head_output_norms",
+    "cls_query",
+    "cls_key",
+    "cls_value",
+    "text_attention",
+    "prompt_attention",
+    "text_features",
+    "input_features",
+    "decoder_queries",
+    "decoder_keys",
+    "decoder_received",
+]
+# Signals without a token dimension, and groups that models lack together.
+WHOLE_IMAGE = ("cls_query", "cls_key", "cls_value")
+CLS_SIGNALS: tuple[str, ...] = ("cls_attention", "cls_query", "cls_key", "cls_value")
+VALUE_SIGNALS: tuple[str, ...] = ("encoder_values", "cls_value")
+ENCODER_SIGNALS: tuple[str, ...] = (
+    *CLS_SIGNALS,
+    "received_attention",
+    "attention_map",
+    "encoder_keys",
+    "encoder_key_heads",
+    "encoder_values",
+    "head_output_norms",
+)
+DECODER_SIGNALS: tuple[str, ...] = (
+    "text_attention",
+    "prompt_attention",
+    "text_features",
+    "input_features",
+    "decoder_queries",
+    "decoder_keys",
+    "decoder_received",
+)
 POSITION_POLICIES = ("auto", "original", "dense")
 
 
@@ -54,8 +95,20 @@ class Signal:
         cls_attention: [G, H, N] softmax attention of the [CLS] query in one ViT layer (keys include [CLS]).
         received_attention: [G, H, N] mean over the layer's queries of the attention that a token receives there
             (in a window-attention layer: over the queries of its window).
+        attention_map: [G, P + N, P + N] head-mean attention of one ViT layer, P prefix tokens ([CLS], registers) first;
+            where several patches make a token, means over its queries and sums over its keys.
         encoder_keys: [G, N, d] head-mean keys of one ViT layer.
-        text_attention: [G, H, N] softmax attention of the last prompt token in one decoder layer.
+        encoder_key_heads, encoder_values: [G, H, N, d] keys and values of one ViT layer.
+        head_output_norms: [G, H, N] Euclidean norm of every head's output at every token of one ViT layer.
+        cls_query, cls_key, cls_value: [G, H, d] of the [CLS] token in one ViT layer.
+        text_attention: [G, H, N] softmax attention of the last prompt token in one decoder layer. In the layer at
+            whose input the stage acts: computed ahead, from the states that are about to enter it.
+        prompt_attention: [G, H, T, N] the same for all T text tokens of the row (zero rows fill up shorter prompts).
+        text_features, input_features: [G, T, D] and [G, N, D] embeddings of these text tokens, and of the visual
+            tokens, at the input of the language model (`layer` is 0).
+        decoder_queries, decoder_keys: [G, H, N, d] rotated queries and keys of one decoder layer (keys of grouped
+            queries as they are, [G, H_kv, N, d]).
+        decoder_received: [G, H, N] attention that a token receives in one decoder layer, summed over all queries.
     """
 
     kind: SignalKind
@@ -74,6 +127,7 @@ class ModelFacts:
         signals: signal kinds the model can provide, mapped to the layers that provide them.
         missing: reason for every signal kind that it cannot provide.
         mrope: whether positions are multi-dimensional (M-RoPE).
+        proportional: whether ViT layers can weigh tokens by their size (see `Stage.proportional`).
     """
 
     name: str
@@ -83,6 +137,7 @@ class ModelFacts:
     signals: Mapping[str, frozenset[int]]
     missing: Mapping[str, str]
     mrope: bool = False
+    proportional: bool = False
 
     def behind_encoder(self) -> Site:
         """The first site behind the encoder: before the projector, or behind it where the model pools or resizes
@@ -110,6 +165,7 @@ class View:
         n_original: Sequence[int],
         seeds: Callable[[], Sequence[int]],
         signals: Mapping[Signal, Tensor],
+        sizes: Tensor | None = None,
     ) -> None:
         self.features = features
         self.index = index
@@ -118,6 +174,14 @@ class View:
         self.n_original = n_original
         self._seeds = seeds
         self._signals = signals
+        self._sizes = sizes
+
+    @property
+    def sizes(self) -> Tensor:
+        """[G, N] float, how many original tokens every token stands for (merged ones count)."""
+        if self._sizes is not None:
+            return self._sizes
+        return torch.ones(self.index.shape, device=self.index.device)
 
     @property
     def n(self) -> int:
@@ -154,6 +218,7 @@ class Stage:
         needs: signals to collect for it.
         must_prune: whether leaving all tokens although the budget is smaller is an error.
         positions: whether survivors keep their position ids or are renumbered without gaps.
+        proportional: whether later ViT layers add the logarithm of a token's size to its attention logits (ToMe).
     """
 
     site: Site
@@ -162,6 +227,7 @@ class Stage:
     needs: tuple[Signal, ...] = ()
     must_prune: bool = True
     positions: Literal["original", "dense"] = "original"
+    proportional: bool = False
 
 
 def check_keep(keep: int | float, name: str = "keep") -> None:

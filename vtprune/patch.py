@@ -18,7 +18,7 @@ from vtprune.engine.journal import Journal
 from vtprune.errors import AlreadyPatchedError, InvalidOptionError, VTPruneError
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
-from vtprune.method import Method, Signal, compose
+from vtprune.method import DECODER_SIGNALS, Method, Signal, compose
 from vtprune.planning import plan
 from vtprune.report import ImageReport, Report
 
@@ -59,7 +59,7 @@ class Patch:
         signals: dict[Signal, str] = {}
         for stage in self.stages:
             for signal in stage.needs:
-                if signal.kind != "text_attention":
+                if signal.kind not in DECODER_SIGNALS:
                     signals.setdefault(signal, str(stage.site))
         alone = integration.decoder is None
         encoder = EncoderEngine(
@@ -79,7 +79,7 @@ class Patch:
                 self._new_report,
                 self._publish,
             ).attach(self._journal)
-        reads_text = any(s.kind == "text_attention" for stage in self.stages for s in stage.needs)
+        reads_text = any(s.kind in DECODER_SIGNALS for stage in self.stages for s in stage.needs)
         if reads_text and hasattr(model, SPECULATION):
             self._journal.refuse(
                 model,

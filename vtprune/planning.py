@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from vtprune import methods
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
-from vtprune.method import Method, ModelFacts, Site, Stage
+from vtprune.method import DECODER_SIGNALS, Method, ModelFacts, Signal, Site, Stage
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,26 @@ def _check_stage(stage: Stage, facts: ModelFacts) -> None:
     depth = facts.encoder_layers if site.kind == "vit" else facts.decoder_layers
     if site.layer is not None and not 0 <= site.layer < depth:
         raise InvalidOptionError(f"site {site} is outside the model: layers 0 to {depth - 1} can be pruned.")
+    if stage.proportional and not facts.proportional:
+        raise UnsupportedMethodError(
+            "its encoder cannot weigh tokens by their size (proportional attention)."
+        )
     for signal in stage.needs:
         if signal.kind in facts.missing:
             raise UnsupportedMethodError(f"{facts.missing[signal.kind]}.")
         layers = facts.signals.get(signal.kind)
         if layers is None or signal.layer not in layers:
             raise UnsupportedMethodError(f"it cannot provide {signal.kind} of layer {signal.layer}.")
-        late = (signal.kind == "text_attention") == (site.kind == "decoder") and site.kind in (
-            "vit",
-            "decoder",
-        )
-        if (late and signal.layer >= (site.layer or 0)) or (
-            signal.kind == "text_attention" and site.kind != "decoder"
-        ):
+        if not _known(signal, site):
             raise InvalidOptionError(
                 f"{signal.kind} of layer {signal.layer} is not known yet at site {site}."
             )
+
+
+def _known(signal: Signal, site: Site) -> bool:
+    """Whether a signal has been measured, or can be computed ahead, when a site is reached."""
+    if signal.kind not in DECODER_SIGNALS:
+        return site.kind != "vit" or signal.layer < (site.layer or 0)
+    if signal.kind in ("text_features", "input_features"):
+        return site.kind in ("projector", "decoder")
+    return site.kind == "decoder" and signal.layer <= (site.layer or 0)

@@ -140,7 +140,9 @@ class Report:
             if image.sample == sample:
                 found.setdefault((image.layout.modality, image.layout.image), []).append(image)
         if not 0 <= picture < len(found):
-            raise VTPruneError(f"sample {sample} of this call has {len(found)} pictures; there is no {picture}.")
+            raise VTPruneError(
+                f"sample {sample} of this call has {len(found)} pictures; there is no {picture}."
+            )
         units = [i for i in list(found.values())[picture] if i.layout.time == time]
         parts = [i for i in units if i.layout.tile] or units
         if not parts:

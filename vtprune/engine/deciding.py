@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune.errors import InertPruningError, VTPruneError
 from vtprune.layout import TokenLayout
-from vtprune.method import Signal, Stage, View, resolve_keep
+from vtprune.method import WHOLE_IMAGE, Signal, Stage, View, resolve_keep
 from vtprune.selection import Selection
 
 
@@ -24,6 +24,7 @@ class Candidate:
         features: [N, D].
         signal: gives a signal for these tokens, token-first [N, ...].
         seed: gives the checksum of the image's pixels.
+        sizes: [N] how many original tokens each stands for; None for one each.
     """
 
     layout: TokenLayout
@@ -31,6 +32,7 @@ class Candidate:
     features: Tensor
     signal: Callable[[Signal], Tensor]
     seed: Callable[[], int]
+    sizes: Tensor | None = None
 
 
 def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
@@ -62,6 +64,7 @@ def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
             n_original=[c.layout.n_tokens for c in batch],
             seeds=lambda batch=batch: [c.seed() for c in batch],  # type: ignore[misc]
             signals={s: _signal(s, batch) for s in stage.needs},
+            sizes=_sizes(batch),
         )
         with torch.no_grad():
             selection = stage.decide(view)
@@ -79,9 +82,23 @@ def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
     return chosen
 
 
+def _sizes(batch: Sequence[Candidate]) -> Tensor | None:
+    if all(c.sizes is None for c in batch):
+        return None
+    return torch.stack(
+        [torch.ones(len(c.index), device=c.index.device) if c.sizes is None else c.sizes for c in batch]
+    )
+
+
 def _signal(signal: Signal, batch: Sequence[Candidate]) -> Tensor:
-    value = torch.stack([c.signal(signal) for c in batch])  # [G, N, ...]
-    return value if signal.kind == "encoder_keys" else value.transpose(1, 2)
+    values = [c.signal(signal) for c in batch]
+    if signal.kind in ("prompt_attention", "text_features"):
+        rows = nn.utils.rnn.pad_sequence(values, batch_first=True)  # [G, T, H, N] or [G, T, D]
+        return rows.transpose(1, 2) if rows.ndim == 4 else rows
+    value = torch.stack(values)  # [G, N, ...] unless it has no tokens
+    plain = (*WHOLE_IMAGE, "attention_map", "encoder_keys", "input_features")
+    has_heads = value.ndim > 2 and signal.kind not in plain
+    return value.transpose(1, 2) if has_heads else value
 
 
 def _check(selection: object, stage: Stage, n_images: int, n_tokens: int) -> None:

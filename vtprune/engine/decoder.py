@@ -6,7 +6,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,41 +14,20 @@ from torch import Tensor, nn
 from vtprune import ops
 from vtprune.engine.cache import done, install, state_of, widen, writing
 from vtprune.engine.deciding import Candidate, decide
+from vtprune.engine.decoder_signals import DecoderSignals, sees
 from vtprune.engine.encoder import REPLACED, EncoderEngine
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
-from vtprune.engine.prompt import Frame, Memo, Memos, PromptImage, locate, merged_frame, open_frame
+from vtprune.engine.prompt import Frame, Memos, PromptImage, locate, merged_frame, open_frame
+from vtprune.engine.run import Run
 from vtprune.engine.sequence import Segment, TokenSequence, gather_positions, gather_table
 from vtprune.errors import InertPruningError, UnsupportedCallError
 from vtprune.integrations.base import Decoder, Integration
-from vtprune.method import Signal, Stage
+from vtprune.method import DECODER_SIGNALS, Signal, Stage
 from vtprune.report import LayerReport, Report, Stopwatch
 from vtprune.selection import Selection
 
 # (image, [K] indices into its full grid) -> [K] places in the hidden states at hand
 Where = Callable[[PromptImage, Tensor], Tensor]
-
-
-@dataclass
-class Run:
-    """One forward pass of the language model.
-
-    Attributes:
-        tokens: its tokens and slots.
-        images: visual tokens of this pass; empty in decoding.
-        ready: the masks that the whole model prepared for its language model, by kind of layer.
-        memo: decisions to repeat instead of deciding again.
-        report: None when the pass holds no visual tokens.
-        captured: (layer, "q" | "k") -> projected last-token queries or all keys, unrotated.
-        fired: numbers of the stages that decided.
-    """
-
-    tokens: TokenSequence
-    images: list[PromptImage] = field(default_factory=list)
-    ready: dict[str, Tensor] = field(default_factory=dict)
-    memo: Memo | None = None
-    report: Report | None = None
-    captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    fired: set[int] = field(default_factory=set)
 
 
 class DecoderEngine(Bound):
@@ -89,7 +67,10 @@ class DecoderEngine(Bound):
         # Masks that stock code makes for full rows are replaced in every layer, not only behind a stage.
         self.masks_everywhere = self.decoder.prepares_masks or bool(self.decoder.windows)
         self.borders = sorted({s.site.layer or 0 for s in stages if s.site.kind == "decoder"})
-        self.text_layers = sorted({n.layer for s in stages for n in s.needs if n.kind == "text_attention"})
+        self.signals = DecoderSignals(
+            self.decoder,
+            [(n, s.site.layer if s.site.kind == "decoder" else 0) for s in stages for n in s.needs],
+        )
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
@@ -101,10 +82,8 @@ class DecoderEngine(Bound):
         journal.hook(self.base, self._leave, always=True)
         journal.pre_hook(decoder.module, self._begin)
         journal.hook(decoder.module, self._end, always=True)
-        for layer in self.text_layers:
-            for name, projection in zip("qk", decoder.projections(decoder.attention(layer)), strict=True):
-                journal.hook(projection, self._capture(layer, name))
-        first = min([*self.borders, *self.text_layers], default=len(decoder.layers))
+        self.signals.attach(journal, self._run)
+        first = min([*self.borders, *self.signals.layers], default=len(decoder.layers))
         if decoder.reads_positions() or self.masks_everywhere:
             first = 0
         if decoder.inject is not None:
@@ -250,6 +229,8 @@ class DecoderEngine(Bound):
     def _input(self, run: Run, embeds: Tensor) -> dict[str, Any]:
         """Arguments of the language model after all stages before its first layer."""
         tokens = run.tokens
+        if self.signals.needs_inputs:
+            run.embeds = embeds.detach()
         dropped = [(i.row, _without(i.cols, i.alive)) for i in run.images if len(i.alive) < len(i.cols)]
         if dropped:
             tokens.drop(dropped, self.renumber_encoder)
@@ -309,18 +290,6 @@ class DecoderEngine(Bound):
             install(cache, tokens.cache_state(cache, self.owner, report))
 
     # Decoder layers --------------------------------------------------------------------------------------------
-
-    def _capture(self, layer: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            run = self._run()
-            if run is None or not run.images:
-                return
-            if name == "q":
-                run.captured[layer, name] = ops.gather_tokens(output.detach(), run.tokens.last_slot())
-            elif run.tokens.cache is None:  # a cache keeps the keys anyway
-                run.captured[layer, name] = output.detach()
-
-        return hook
 
     def _layer_hook(self, layer: int) -> Callable[..., Any]:
         stages = [(n, s) for n, s in self.stages if s.site.kind == "decoder" and s.site.layer == layer]
@@ -407,7 +376,9 @@ class DecoderEngine(Bound):
         if kind not in self.decoder.windows:
             # Sized by this layer: those before it have taken up the new tokens already.
             return self.decoder.causal_mask(hidden, segment.all_valid, run.tokens.cache, layer)
-        allowed = _in_window(segment, self.decoder.windows[kind])
+        new = torch.arange(segment.n_slots, device=hidden.device).expand(len(hidden), -1)
+        assert segment.columns is not None
+        allowed = sees(segment, new, segment.columns.shape[1], self.decoder.windows[kind]).unsqueeze(1)
         if not self.decoder.additive_mask():
             return allowed
         return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
@@ -442,7 +413,7 @@ class DecoderEngine(Bound):
             features = [hidden[i.row, where(i, i.alive)] for i in run.images]
             selections = run.memo.selections.get(number) if run.memo is not None else None
             if selections is None:
-                selections = self._decide(run, stage, features, where)
+                selections = self._decide(run, stage, features, where, hidden)
                 if run.memo is not None:
                     run.memo.selections[number] = selections
         run.fired.add(number)
@@ -463,13 +434,13 @@ class DecoderEngine(Bound):
             run.tokens.drop(removed, stage.positions == "dense")
         return hidden
 
-    def _decide(self, run: Run, stage: Stage, features: Sequence[Tensor], where: Where) -> list[Selection]:
-        text = {s: self._text_attention(run, s) for s in stage.needs if s.kind == "text_attention"}
+    def _decide(
+        self, run: Run, stage: Stage, features: Sequence[Tensor], where: Where, hidden: Tensor
+    ) -> list[Selection]:
+        read = {s: self.signals.measure(run, s, hidden) for s in stage.needs if s.kind in DECODER_SIGNALS}
 
         def signal(image: PromptImage, s: Signal) -> Tensor:
-            if s in text:
-                return text[s][image.row][:, where(image, image.alive)].transpose(0, 1)
-            return image.signal(s)
+            return read[s](image, where(image, image.alive)) if s in read else image.signal(s)
 
         return decide(
             stage,
@@ -484,34 +455,6 @@ class DecoderEngine(Bound):
                 for i, rows in zip(run.images, features, strict=True)
             ],
         )
-
-    def _text_attention(self, run: Run, signal: Signal) -> Tensor:
-        """[B, H, n_slots] attention of every row's last token over the new slots of the current segment."""
-        tokens, segment = run.tokens, run.tokens.now
-        attention: Any = self.decoder.attention(signal.layer)
-        kind = self.decoder.kinds[signal.layer]
-        tables = segment.tables[kind]
-
-        def heads(name: str) -> Tensor:
-            x: Tensor = run.captured.pop((signal.layer, name)).unflatten(-1, (-1, attention.head_dim))
-            normed: Tensor = (
-                getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x
-            )
-            return normed.transpose(1, 2)
-
-        with torch.no_grad():
-            last = tokens.last_slot()
-            q = self.decoder.rotate(attention, heads("q"), *(gather_table(t, last) for t in tables))
-            if tokens.cache is not None:
-                k: Tensor = tokens.cache.layers[signal.layer].keys
-            else:
-                k = self.decoder.rotate(attention, heads("k"), *tables)
-            visible = segment.all_valid
-            if kind in self.decoder.windows:
-                visible = _in_window(segment, self.decoder.windows[kind])[:, 0]
-                visible = visible.gather(1, last.unsqueeze(-1).expand(-1, -1, visible.shape[-1]))[:, 0]
-            rows = ops.attention_rows(q, k, attention.scaling, visible)[:, :, 0]
-        return rows[:, :, -segment.n_slots :]
 
     # Reporting -------------------------------------------------------------------------------------------------
 
@@ -572,17 +515,3 @@ def _gather_mask(mask: Tensor, segment: Segment) -> Tensor:
     itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) & hidden.unsqueeze(-1)
     shut, opened = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
     return mask.masked_fill(hidden[:, None, None], shut).masked_fill(itself[:, None], opened)
-
-
-def _in_window(segment: Segment, window: int) -> Tensor:
-    """[B, 1, new, past + new] bool: causal, valid, and within the window counted in unpruned tokens."""
-    assert segment.columns is not None
-    keys = segment.columns
-    n, total = segment.n_slots, keys.shape[1]
-    queries = keys[:, -n:]
-    slots = torch.arange(total, device=keys.device)
-    causal = slots <= slots[-n:, None]
-    allowed = causal & (queries.unsqueeze(-1) - keys.unsqueeze(1) < window)
-    if segment.all_valid is not None:
-        allowed &= segment.all_valid.unsqueeze(1) | (slots == slots[-n:, None])
-    return allowed.unsqueeze(1)

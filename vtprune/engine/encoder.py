@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.errors import InertPruningError
-from vtprune.integrations.base import Encoding, FeatureCall, VisionTower
+from vtprune.integrations.base import Attended, Encoding, FeatureCall, VisionTower
 from vtprune.layout import TokenLayout
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
@@ -168,11 +168,22 @@ class EncoderEngine(Bound):
             with torch.no_grad():
                 for signal in wanted:
                     with self.watch(encoding, self.signals[signal], outputs[0].device):
-                        q, k = tap.heads(outputs, kwargs)
-                        encoding.record(signal, tower.measure(encoding, signal, q, k, tap.scale, kwargs))
+                        q, k, v = tap.heads(outputs, kwargs)
+                        mixed = captured.get((layer, -1))
+                        if mixed is not None:
+                            mixed = mixed.reshape(len(q), q.shape[2], q.shape[1], -1)
+                        seen = Attended(q, k, v, mixed, tap.scale, kwargs)
+                        encoding.record(signal, tower.measure(encoding, signal, seen))
+            captured.pop((layer, -1), None)
+
+        def keep_mixed(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+            if self._current(tower) is not None:
+                self.local.captured[layer, -1] = args[0]
 
         for i, projection in enumerate(tap.projections):
             journal.hook(projection, keep(i))
+        if tap.output is not None and any(s.kind == "head_output_norms" for s in wanted):
+            journal.pre_hook(tap.output, keep_mixed)
         journal.hook(tap.module, measure)
 
     def _select(self, encoding: Encoding, stage: Stage, rows: list[Tensor]) -> list[Tensor]:
@@ -202,6 +213,9 @@ class EncoderEngine(Bound):
                         features=x,
                         signal=lambda s, i=i, tokens=tokens: encoding.signal(s, i, tokens),  # type: ignore[misc]
                         seed=lambda i=i: encoding.seeds()[i],  # type: ignore[misc]
+                        sizes=None
+                        if encoding.sizes is None
+                        else encoding.sizes[i][torch.searchsorted(before[i], tokens)],
                     )
                     for (i, layout, index, tokens), x in zip(seen, features, strict=True)
                 ],
@@ -211,9 +225,11 @@ class EncoderEngine(Bound):
         for (i, _, _, tokens), x, selection in zip(seen, features, selections, strict=True):
             # An image that loses nothing keeps its padding too: its other tokens attend to that.
             if len(selection.index[0]) < len(tokens) or selection.into is not None:
+                encoding.resize(i, torch.searchsorted(before[i], tokens), selection)
                 encoding.alive[i] = tokens[selection.index[0]]
                 kept[i] = selection.apply(x)
         encoding.fired += 1
+        encoding.proportional |= stage.proportional
         encoding.kept[str(stage.site)] = list(encoding.alive)
         return kept
 

@@ -1,0 +1,48 @@
+"""One forward pass of the language model, as the engine follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.engine.prompt import Memo, PromptImage
+from vtprune.engine.sequence import TokenSequence
+from vtprune.report import Report
+
+
+@dataclass
+class Run:
+    """One forward pass of the language model.
+
+    Attributes:
+        tokens: its tokens and slots.
+        images: visual tokens of this pass; empty in decoding.
+        ready: the masks that the whole model prepared for its language model, by kind of layer.
+        memo: decisions to repeat instead of deciding again.
+        report: None when the pass holds no visual tokens.
+        captured: (layer, "q" | "k") -> projected queries or keys, unrotated; last-token queries where these suffice.
+        embeds: [B, L, D] embeddings at the input of the language model, before anything is removed.
+        fired: numbers of the stages that decided.
+    """
+
+    tokens: TokenSequence
+    images: list[PromptImage] = field(default_factory=list)
+    ready: dict[str, Tensor] = field(default_factory=dict)
+    memo: Memo | None = None
+    report: Report | None = None
+    captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None
+    fired: set[int] = field(default_factory=set)
+
+    def text_columns(self, row: int) -> Tensor:
+        """[T] columns of a row's new text tokens: everything that is neither visual nor padding."""
+        tokens = self.tokens
+        text = torch.ones(tokens.length, dtype=torch.bool, device=tokens.device)
+        if tokens.new_valid is not None:
+            text &= tokens.new_valid[row]
+        for image in self.images:
+            if image.row == row:
+                text[image.cols] = False
+        return text.nonzero()[:, 0]
