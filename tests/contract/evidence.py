@@ -1,0 +1,341 @@
+"""What a report claims, turned into what the judge is asked; and a method that only looks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from contract.common import TOLERANCE, judge_of, rows_of
+from judge import CHOPPED, QWEN, Judge, Unit
+from judge import Prompt as VisualPrompt
+from torch import Tensor
+from versions import ENCODES_BEFOREHAND
+
+import vtprune
+from vtprune import methods
+from vtprune.report import ImageReport
+from vtprune.testing.zoo import LVLMS, Image, Video
+
+Row = dict[str, Tensor]
+PROJECTOR = vtprune.Site("projector")
+
+
+@functools.cache
+def prompts_of(family: str) -> dict[str, list[Any]]:
+    """The shared prompts and a few that stress order and tiling."""
+    rows = {
+        **rows_of(family),
+        # A picture of shape 2 alone in its row: tiles, also those that LLaVA-OneVision resamples.
+        "large": [25, Image(4, 2), 26, 27],
+        "adjacent": [20, Image(5), Image(6, 1), 21, 22],
+    }
+    if LVLMS[family].has_video:
+        rows["mixed"] = [20, Image(1, 1), 21, Video(3, 2), 22, 23]
+        rows["video first"] = [20, Video(5, 2), 21, Image(6), 22]
+        rows["clips"] = [20, Video(5, 2), 21, 22, Video(7, 2), 23]
+    return rows
+
+
+def ragged(family: str) -> tuple[str, ...]:
+    """Rows of a batch with differing counts of pictures, one of them without any."""
+    return ("two", "text", "large", "mixed" if LVLMS[family].has_video else "one")
+
+
+@functools.cache
+def _inputs(family: str, names: tuple[str, ...], padding: str) -> Row:
+    rows = prompts_of(family)
+    return LVLMS[family].batch([rows[n] for n in names], padding=padding)
+
+
+def repeatable() -> tuple[str, ...]:
+    """Rows that generate() can repeat for beams: one tile each, where it repeats pixels and not features."""
+    return ("two", "text", "large") if ENCODES_BEFOREHAND else ("one", "text")
+
+
+def inputs_of(family: str, names: Sequence[str], padding: str = "left") -> Row:
+    """Inputs of some rows."""
+    return dict(_inputs(family, tuple(names), padding))
+
+
+def row_of(family: str, name: str) -> Row:
+    """Inputs of one row alone."""
+    return inputs_of(family, [name])
+
+
+@functools.cache
+def visual(family: str, name: str) -> VisualPrompt:
+    """The units of one row, by the judge."""
+    return judge_of(family).prompt(row_of(family, name))
+
+
+@functools.cache
+def units_of(family: str, names: tuple[str, ...]) -> list[tuple[int, Unit, int]]:
+    """(sample, unit, ordinal of its picture within the encoder call) of a batch, in reading order."""
+    before = {"image": 0, "video": 0}
+    found = []
+    for sample, name in enumerate(names):
+        units = visual(family, name).units
+        found += [(sample, u, before[u.kind] + u.picture) for u in units]
+        for kind in before:
+            before[kind] += len({u.picture for u in units if u.kind == kind})
+    return found
+
+
+@functools.cache
+def features_of(family: str, name: str) -> list[Tensor]:
+    """Stock features of every unit of a row, as they enter the language model."""
+    return judge_of(family).encoder_features(row_of(family, name))
+
+
+def first_layer(site: str) -> int:
+    """The first decoder layer that misses what was removed at a site."""
+    return int(site[len("decoder[") : -1]) if site.startswith("decoder") else 0
+
+
+def budget(keep: int | float, n: int) -> int:
+    """Tokens per unit: an int as it is, a ratio rounded half up and at least 1, never more than there are."""
+    return min(n, keep if isinstance(keep, int) else max(1, int(keep * n + 0.5)))
+
+
+def images_of(report: vtprune.Report, sample: int) -> list[ImageReport]:
+    """What the report says of one row."""
+    return [image for image in report.images if image.sample == sample]
+
+
+@dataclass
+class Claim:
+    """What a report says of one row, in prompt columns.
+
+    Attributes:
+        removed: decoder layer -> columns gone from this layer on.
+        renumbered: columns whose gap is closed.
+    """
+
+    removed: dict[int, list[int]] = field(default_factory=dict)
+    renumbered: set[int] = field(default_factory=set)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments for the judge."""
+        return {"removed": self.removed, "positions": self.renumbered}
+
+    def expected(self, family: str, name: str) -> Tensor:
+        """The judge's logits of the row, with those of survivors at removed columns."""
+        removed = tuple((layer, tuple(columns)) for layer, columns in sorted(self.removed.items()))
+        return _expected(family, name, removed, tuple(sorted(self.renumbered)))
+
+    def alive(self, length: int, layer: int) -> int:
+        """Columns of `length` that this layer processes."""
+        return length - sum(len(columns) for first, columns in self.removed.items() if first <= layer)
+
+
+@functools.lru_cache(maxsize=64)  # both sides of padding, and text-agnostic methods, repeat their claims
+def _expected(
+    family: str, name: str, removed: tuple[tuple[int, tuple[int, ...]], ...], renumbered: tuple[int, ...]
+) -> Tensor:
+    return Judge.shown(judge_of(family).logits(row_of(family, name), dict(removed), positions=renumbered))
+
+
+def claim(report: vtprune.Report, sample: int, prompt: VisualPrompt) -> Claim:
+    """The claim of one row; checks on the way that every stage chose among the survivors of the one before."""
+    found = Claim()
+    for image, unit in zip(images_of(report, sample), prompt.units, strict=True):
+        assert image.tokens_in == len(unit.columns)
+        alive = list(range(len(unit.columns)))
+        for site, kept in image.kept.items():
+            index = kept.tolist()
+            assert index == sorted(set(index))
+            assert set(index) <= set(alive)
+            gone = [unit.columns[i] for i in alive if i not in index]
+            found.removed.setdefault(first_layer(site), []).extend(gone)
+            if report.positions[site] == "dense":
+                found.renumbered |= set(gone)
+            alive = index
+        assert image.tokens_out == len(alive)
+    return found
+
+
+def claims(report: vtprune.Report, family: str, names: Sequence[str]) -> list[Claim]:
+    """The claims of all rows of a batch."""
+    assert report.n_samples == len(names)
+    return [claim(report, sample, visual(family, name)) for sample, name in enumerate(names)]
+
+
+def assert_units(report: vtprune.Report, family: str, names: Sequence[str]) -> None:
+    """The report lists the units that the judge knows, in reading order."""
+    expected = units_of(family, tuple(names))
+    assert [i.sample for i in report.images] == [sample for sample, _, _ in expected]
+    for image, (_, unit, ordinal) in zip(report.images, expected, strict=True):
+        video = unit.kind == "video"
+        found = image.layout
+        assert (found.modality, found.image) == (unit.kind, ordinal)
+        assert (found.rows, found.cols) == (unit.rows, unit.cols)
+        assert (found.time, found.tile) == ((unit.part, 0) if video else (0, unit.part))
+        assert (found.top, found.left) == (unit.top, unit.left)
+
+
+def assert_counts(report: vtprune.Report, keep: int | float) -> None:
+    """Every unit has its budget left behind the last site."""
+    assert report.images
+    for image in report.images:
+        assert image.tokens_out == budget(keep, image.tokens_in)
+
+
+def assert_logits(
+    family: str,
+    names: Sequence[str],
+    inputs: Row,
+    logits: Tensor,
+    report: vtprune.Report,
+    merges: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """All unpadded columns of all rows show what the judge computes for that row alone."""
+    assert logits.shape[:2] == inputs["input_ids"].shape
+    for sample, (name, found) in enumerate(zip(names, claims(report, family, names), strict=True)):
+        if merges:
+            judge = judge_of(family)
+            expected = Judge.shown(judge.logits(row_of(family, name), **found.how, **merges[sample]))
+        else:
+            expected = found.expected(family, name)
+        shown = logits[sample][inputs["attention_mask"][sample].bool()]
+        torch.testing.assert_close(
+            shown, expected, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, name=name: f"row {name}: {m}"
+        )
+
+
+# ---------------------------------------------------------------------- merging
+
+Decision = tuple[vtprune.View, vtprune.Selection]
+
+
+@contextmanager
+def decisions(method: str) -> Iterator[list[Decision]]:
+    """Records what a registered method was shown and what it decided; to be entered before the patch."""
+    cls = methods.REGISTRY[method]
+    stock = cls.decide
+    seen: list[Decision] = []
+
+    def decide(self: vtprune.Method, view: vtprune.View) -> vtprune.Selection:
+        chosen = stock(self, view)
+        seen.append((view, chosen))
+        return chosen
+
+    cls.decide = decide  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        cls.decide = stock  # type: ignore[method-assign]
+
+
+def projected(family: str, features: Tensor) -> Tensor:
+    """The stock projector on features [K, D] of the site "encoder"."""
+    judge = judge_of(family)
+    base = judge.base
+    if family in QWEN:
+        merger = base.visual.merger
+        return merger(features.reshape(-1, features.shape[-1] // base.visual.spatial_merge_size**2))
+    if family in ("idefics3", "smolvlm"):
+        return base.connector.modality_projection(features)
+    return base.multi_modal_projector(features[None])[0]
+
+
+@torch.no_grad()
+def merges_of(
+    family: str, names: Sequence[str], report: vtprune.Report, seen: Sequence[Decision]
+) -> list[dict[str, Any]]:
+    """Per row `merged` for the judge: the vectors of tokens that others were merged into, from the decisions."""
+    rows: list[dict[str, Any]] = [{"merged": []} for _ in names]
+    units = units_of(family, tuple(names))
+    places = {image.layout: (image, *unit) for image, unit in zip(report.images, units, strict=True)}
+    assert len(places) == len(units)
+    (site,) = report.positions
+    stock = [features_of(family, name) for name in names]
+    for view, chosen in seen:
+        for g, layout in enumerate(view.layout):
+            image, sample, unit, _ = places.pop(layout)
+            features = view.features[g]
+            number = visual(family, names[sample]).units.index(unit)
+            through = projected(family, features) if site == "encoder" else features
+            torch.testing.assert_close(through, stock[sample][number], atol=TOLERANCE, rtol=TOLERANCE)
+            assert torch.equal(chosen.index[g], image.kept[site])
+            if chosen.into is None or chosen.weight is None:
+                continue
+            slots = torch.zeros(len(chosen.index[g]), features.shape[1])
+            for token, (slot, weight) in enumerate(
+                zip(chosen.into[g].tolist(), chosen.weight[g].tolist(), strict=True)
+            ):
+                if slot >= 0:
+                    slots[slot] += weight * features[token]
+            values = projected(family, slots) if site == "encoder" else slots
+            for index, value in zip(image.kept[site].tolist(), values, strict=True):
+                rows[sample]["merged"].append((0, unit.columns[index], value))
+    assert not places
+    return rows
+
+
+# ---------------------------------------------------------------------- looking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(vtprune.Method):
+    """Keeps every second token and remembers what it was shown: (layout, index, signal -> value) per image."""
+
+    key: ClassVar[str] = "test-probe"
+    keep: int | float = 0.5
+    where: vtprune.Site = PROJECTOR
+    signals: tuple[vtprune.Signal, ...] = ()
+    seen: list[Any] = field(default_factory=list, compare=False)
+
+    def site(self, facts: vtprune.ModelFacts) -> vtprune.Site:
+        return self.where
+
+    def needs(self, facts: vtprune.ModelFacts) -> tuple[vtprune.Signal, ...]:
+        return self.signals
+
+    def decide(self, view: vtprune.View) -> vtprune.Selection:
+        for g, layout in enumerate(view.layout):
+            values = {signal: view[signal][g].clone() for signal in view.signals}
+            self.seen.append((layout, view.index[g].clone(), values))
+        every_second = torch.arange(0, view.n, 2)[: view.k]
+        return vtprune.Selection.of(every_second.expand(len(view.features), -1))
+
+
+def spread(names: Sequence[str], copies: int) -> list[str]:
+    """Rows as generate() repeats them for beams and returned sequences."""
+    return [name for name in names for _ in range(copies)]
+
+
+def tell(
+    family: str, names: Sequence[str], report: vtprune.Report, seen: Sequence[Decision] | None = None
+) -> list[dict[str, Any]]:
+    """Per row what the judge has to know; with the decisions where tokens were merged."""
+    found: list[dict[str, Any]] = [c.how for c in claims(report, family, names)]
+    if seen is not None and len(report.positions) == 1:
+        for how, merge in zip(found, merges_of(family, names, report, seen), strict=True):
+            how.update(merge)
+    return found
+
+
+def continued(family: str, name: str, how: Mapping[str, Any], text: Sequence[int]) -> Tensor:
+    """The judge's logits [len(text), V] that led to each token of a continuation of a row."""
+    logits = judge_of(family).logits(row_of(family, name), continuation=list(text[:-1]), **how)
+    return logits[-len(text) :]
+
+
+ALONG_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+def joined(family: str, first: Row, second: Row) -> Row:
+    """The inputs of one row followed by those of another, as one row."""
+    row = {}
+    for key in {**first, **second}:
+        parts = [part[key] for part in (first, second) if key in part]
+        if len(parts) == 2 and parts[0].ndim == 5 and family not in CHOPPED:
+            most = max(p.shape[1] for p in parts)
+            parts = [torch.cat([p, p.new_zeros(1, most - p.shape[1], *p.shape[2:])], 1) for p in parts]
+        row[key] = torch.cat(parts, 1 if key in ALONG_TEXT or family in CHOPPED else 0)
+    return row
