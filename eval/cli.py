@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from rich.table import Table
 
 import vtprune
 from vtprune.errors import VTPruneError
+from vtprune.methods import files
 
+from . import search
 from .accuracy import Outcome
 from .evaluation import BATCH_SIZE, Evaluation, Observer, evaluate
 from .prompts import EvaluationError, Prompter, load_model
 from .report_html import write_report
 from .results import PREDICTIONS, REPORT, RESULTS, JsonLines, Row, output_folder
-from .settings import CONTROLS, Setting, parse_method, plan_settings
+from .settings import CONTROLS, DEFAULT_METHODS, Setting, parse_method, plan_settings
 from .show import open_picture, show
 from .tables import accuracy_table, cost_table
 from .world import KINDS, SPLITS, Example, examples, reference_dir
@@ -39,6 +41,29 @@ examples:
   vtprune eval --method vtc-cls --keep 32        one method, one budget
   vtprune eval --model llava-hf/llava-1.5-7b-hf --device cuda --keep 192 --keep 64
   vtprune show cat.png "what is in the picture?" --method vtc-cls --keep 16 --output kept.png
+  vtprune search --method vtc-cls --keep 32 --range first_layer=0.0:0.9 --output found.json
+"""
+SEARCH = """\
+Finds options of a method that suit your model and your budget. No labels are needed: it shows the model a few pictures
+with questions, once as it is and once per trial with pruning, and looks for the options with which pruning changes the
+model's state at the end of the prompt the least (mean cosine similarity, 1 = not at all).
+
+What is tried: the ranges that a method declares itself, and those that you give with --range and --choice. Every other
+option stays as it is, and is listed. `vtprune methods` shows the options of all methods.
+
+The best options are written to a small file, which is used in place of a method's name:
+  vtprune eval --method found.json             vtprune.patch(model, "found.json")
+
+Finished trials are kept beside it (found.trials.sqlite): if the search is cut off, the same command continues it.
+"""
+SEARCH_EXAMPLES = """\
+examples:
+  one option, a float between two bounds (a fraction of the depth):
+    vtprune search --method vtc-cls --keep 32 --range first_layer=0.0:0.9 --output found.json
+  a whole number; the decoder layers before `layer` hold all tokens, so the method gets a smaller budget of its own:
+    vtprune search --method fastv:keep=8 --keep 48 --range layer=1:4
+  two methods one after the other; their options are called 0.... and 1....:
+    vtprune search --method vtc-cls:keep=48 --method fastv:keep=16 --keep 40 --range 0.first_layer=0.0:0.9 --range 1.layer=1:7
 """
 
 
@@ -105,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         action="append",
         metavar="NAME[:OPTION=VALUE,...]",
-        help=f"method or control ({', '.join(CONTROLS)}); repeatable; default: all. The dense model always runs",
+        help=f"method or control ({', '.join(CONTROLS)}); repeatable; 'all': every "
+        f"registered one; default: {', '.join(DEFAULT_METHODS)} and the controls. The dense model always runs",
     )
     one.add_argument(
         "--keep",
@@ -146,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--keep", type=_keep, default=0.25, help="budget: int or ratio (default 0.25)")
     two.add_argument("--output", type=Path, default=Path("kept.png"), help="PNG to write (default kept.png)")
     two.set_defaults(run=_show)
+
+    _add_search(commands.add_parser, model)
 
     commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
     three = commands.add_parser("models", help="list supported model families")
@@ -327,6 +355,191 @@ def _show(arguments: argparse.Namespace) -> int:
     drawing.save(arguments.output, format="PNG")
     print(text)
     print(f"\ndrawn in {arguments.output}")
+    return 0
+
+
+def _add_search(add_parser: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
+    four = add_parser(
+        "search",
+        parents=[model],
+        help="find the options of a method that suit a model and a budget, without labels",
+        description=SEARCH,
+        epilog=SEARCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    four.add_argument(
+        "--method",
+        action="append",
+        required=True,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="method to search; options given here are fixed; repeatable: several are applied one after the other",
+    )
+    four.add_argument(
+        "--keep",
+        type=_keep,
+        required=True,
+        metavar="N",
+        help="budget: visual tokens per picture (int) or their share (float), averaged over the layers of the language "
+        "model; also the `keep` of every method that has none of its own. Trials more than 1 %% above it do not count",
+    )
+    four.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="OPTION=LOW:HIGH",
+        help="numbers to try, bounds included: whole numbers if both are, else floats; LOW:HIGH:log for options that "
+        "span orders of magnitude; repeatable",
+    )
+    four.add_argument(
+        "--choice",
+        action="append",
+        default=[],
+        metavar="OPTION=A,B,...",
+        help="values to try; repeatable",
+    )
+    four.add_argument(
+        "--samples",
+        type=int,
+        default=search.SAMPLES,
+        help=f"questions about synthetic pictures, of the validation split (default {search.SAMPLES})",
+    )
+    four.add_argument(
+        "--trials",
+        type=int,
+        default=search.TRIALS,
+        help=f"sets of options to try in all (default {search.TRIALS})",
+    )
+    four.add_argument("--seed", type=int, default=0, help="which samples, and which proposals (default 0)")
+    four.add_argument(
+        "--sampler",
+        choices=search.SAMPLERS,
+        default="tpe",
+        help="what proposes options: tpe (default), or gp, a Gaussian process, which needs scipy",
+    )
+    four.add_argument(
+        "--batch-size",
+        type=int,
+        default=search.BATCH_SIZE,
+        help=f"samples per call of the model (default {search.BATCH_SIZE})",
+    )
+    four.add_argument(
+        "--output",
+        type=Path,
+        default=Path("vtprune-search.json"),
+        help="file for the result, ending in .json (default vtprune-search.json)",
+    )
+    four.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over: forget earlier trials and results of this output",
+    )
+    four.set_defaults(run=_search)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    search.sampler_maker(arguments.sampler)
+    output: Path = arguments.output
+    if not files.names_file(str(output)):
+        raise EvaluationError(f"--output {output} must end in .json, so that it can stand for a method.")
+    chosen: list[vtprune.Method] = []
+    fixed: list[list[str]] = []
+    for text in arguments.method:
+        name, options = parse_method(text)
+        if name in CONTROLS or files.names_file(name):
+            raise EvaluationError(f"{name!r} has no options to search; give a method (`vtprune methods`).")
+        chosen.append(vtprune.methods.create(name, **{"keep": arguments.keep, **options}))
+        fixed.append(list(options))
+    given = [search.parse_space(text, "range") for text in arguments.range]
+    given += [search.parse_space(text, "choice") for text in arguments.choice]
+    for option, _ in given:
+        if [name for name, _ in given].count(option) > 1:
+            raise EvaluationError(f"{option} has two ranges or choices; give one.")
+    spaces = search.check_spaces(chosen, {**search.declared_spaces(chosen, fixed), **dict(given)})
+    storage = output.with_suffix(".trials.sqlite")
+    if arguments.overwrite:
+        storage.unlink(missing_ok=True)
+    elif output.exists() and not storage.exists():
+        raise EvaluationError(
+            f"{output} exists and is not of this search; choose another --output, or --overwrite."
+        )
+    console, started = _console(), time.perf_counter()
+    model, processor, name = _load(arguments)
+    console.print(
+        f"{name}: searching {', '.join(f'{option} in {space}' for option, space in spaces.items())}",
+        markup=False,
+        highlight=False,
+    )
+    alone = {
+        option: value
+        for option, value in search.left_alone(chosen, spaces).items()
+        if option not in [search.option_name(chosen, i, o) for i, some in enumerate(fixed) for o in some]
+    }
+    if alone:
+        console.print(
+            f"left as they are, for want of a range: {', '.join(f'{o}={v}' for o, v in alone.items())}",
+            markup=False,
+            highlight=False,
+        )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    try:
+        with Progress(*columns, console=_console(stderr=True)) as progress:
+            task = progress.add_task("trials", total=arguments.trials, note="")
+
+            def on_trial(number: int, trial: search.Trial, best: search.Trial | None) -> None:
+                note = "none within the budget yet" if best is None else f"best {best.objective:.5f}"
+                progress.update(task, completed=number, note=note)
+
+            result = search.search(
+                model,
+                processor,
+                chosen,
+                arguments.keep,
+                spaces,
+                arguments.samples,
+                arguments.trials,
+                seed=arguments.seed,
+                sampler=arguments.sampler,
+                batch_size=arguments.batch_size,
+                storage=storage,
+                name=name,
+                on_trial=on_trial,
+            )
+            progress.update(task, completed=len(result.trials), note=f"best {result.best.objective:.5f}")
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted after {time.perf_counter() - started:.0f} s; trials are in {storage}, the same command continues",
+            markup=False,
+            highlight=False,
+        )
+        return 130
+    result.write(output)
+    table = Table("", "mean cosine", "layer average", "options")
+    for title, trial, methods in (
+        ("as given", result.baseline, chosen),
+        ("best found", result.best, result.methods),
+    ):
+        shown = [
+            f"{search.option_name(methods, i, f.name)}={getattr(m, f.name)}"
+            for i, m in enumerate(methods)
+            for f in dataclasses.fields(m)
+            if search.option_name(methods, i, f.name) in spaces
+        ]
+        table.add_row(title, f"{trial.objective:.5f}", f"{trial.layer_average:.1f}", ", ".join(shown))
+    console.print(table)
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False)
+    console.print(
+        f"finished after {time.perf_counter() - started:.0f} s, {len(result.trials)} trials on "
+        f"{result.record['samples']} samples; options in {output}: vtprune eval --method {output}",
+        markup=False,
+        highlight=False,
+    )
     return 0
 
 

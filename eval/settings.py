@@ -14,6 +14,7 @@ from torch import nn
 import vtprune
 from vtprune.errors import InvalidOptionError, UnknownMethodError, did_you_mean
 from vtprune.method import check_keep, resolve_keep
+from vtprune.methods import files
 from vtprune.patch import Patch
 
 from .shrink import interpolated
@@ -29,6 +30,9 @@ CONTROLS = {
 WITHOUT_BUDGET = (DENSE, NO_IMAGE, "keep-all")
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of LLaVA-1.5's 576 tokens
 DRAWS = 3
+EVERY = "all"
+# What a comparison without further wishes runs: a few minutes on two cores.
+DEFAULT_METHODS = ("vtprune", "divprune", "fastv", "visionzip", "vtc-cls")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Setting:
     """One way to run the model.
 
     Attributes:
-        method: a key of the method registry or of `CONTROLS`.
-        keep: the budget; None for settings that have none.
+        method: a key of the method registry or of `CONTROLS`, or a file that `vtprune search` wrote.
+        keep: the budget; None for settings that have none. A file's own is used whatever stands here.
         options: further options of the method.
         draws: seeds over which `random` is averaged; empty for everything else.
     """
@@ -81,6 +85,9 @@ class Setting:
         elif self.method == DOWNSAMPLE:
             with interpolated(model):
                 yield None
+        elif files.names_file(self.method):
+            with vtprune.patch(model, self.method) as patch:
+                yield patch
         else:
             options = dict(self.options)
             if self.draws:
@@ -94,10 +101,15 @@ class Setting:
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """Splits "name" or "name:option=value,option=value"; values are Python literals, anything else is a string.
 
+    The name may also be a file that `vtprune search` wrote, which has its own options.
+
     Raises:
         UnknownMethodError: no such method and no such control.
-        InvalidOptionError: something after the colon is not option=value.
+        InvalidOptionError: something after the colon is not option=value, or the file cannot be read.
     """
+    if files.names_file(text):
+        files.load(text)
+        return text, {}
     name, _, rest = text.partition(":")
     known = [*vtprune.list_methods(), *CONTROLS]
     if name not in known:
@@ -122,8 +134,8 @@ def plan_settings(
     """The settings of a comparison, dense first.
 
     Args:
-        methods: as for :func:`parse_method`; None for all registered methods and all controls. The dense model
-            always runs, because every other number is compared with it.
+        methods: as for :func:`parse_method`, or "all" for all registered methods; None for `DEFAULT_METHODS`. Both
+            come with all controls. The dense model always runs, because every other number is compared with it.
         budgets: ints or floats as for `vtprune.patch`; None for a third, two ninths and a ninth of the tokens.
         tokens: visual tokens of some representative pictures.
 
@@ -136,8 +148,9 @@ def plan_settings(
     for budget in budgets:
         check_keep(budget)
     budgets = list(dict.fromkeys(budgets))
-    if methods is None:
-        registered = [m for m in vtprune.list_methods() if m not in ("keep-all", "random", "stride")]
+    if methods is None or EVERY in methods:
+        chosen = DEFAULT_METHODS if methods is None else vtprune.list_methods()
+        registered = [m for m in chosen if m not in ("keep-all", "random", "stride")]
         methods = [NO_IMAGE, "keep-all", *registered, "random", "stride", DOWNSAMPLE]
     settings = [Setting(DENSE)]
     for name, options in map(parse_method, methods):
@@ -147,6 +160,8 @@ def plan_settings(
 
 def _settings_of(name: str, options: Mapping[str, Any], budgets: Sequence[int | float]) -> list[Setting]:
     given = tuple(options.items())
+    if files.names_file(name):
+        return [Setting(name, files.load(name).keep)]
     if name in WITHOUT_BUDGET:
         return [Setting(name, None, given)]
     if "keep" in options:

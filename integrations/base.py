@@ -47,6 +47,7 @@ class Unit:
         image: the run of placeholders that it is part of.
         slots: [n] places of its tokens in that run, in raster order.
         source: [n] tokens of the encoder image that they show; None if they are resampled from several.
+        nearest: [n] tokens of the encoder image nearest to them, where `source` is None.
     """
 
     layout: TokenLayout
@@ -54,6 +55,7 @@ class Unit:
     image: int
     slots: Tensor
     source: Tensor | None
+    nearest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ class Packing:
     def to(self, device: torch.device) -> Packing:
         """The same with index tensors on a device."""
         units = [
-            replace(u, slots=u.slots.to(device), source=None if u.source is None else u.source.to(device))
+            replace(
+                u,
+                slots=u.slots.to(device),
+                source=None if u.source is None else u.source.to(device),
+                nearest=None if u.nearest is None else u.nearest.to(device),
+            )
             for u in self.units
         ]
         return replace(self, units=units)
@@ -130,15 +137,20 @@ class Encoding:
             where: [M] places of the deciding tokens among the alive ones.
             selection: of these M tokens.
         """
-        if self.sizes is None and selection.into is None:
+        if self.sizes is None and not selection.merges:
             return
         if self.sizes is None:
             self.sizes = [torch.ones(len(a), device=a.device) for a in self.alive]
         size = self.sizes[image][where]
         index = selection.index[0]
-        if selection.into is None:
+        if not selection.merges:
             self.sizes[image] = size[index]
             return
+        if selection.mix is not None:
+            mix = selection.mix[0]
+            self.sizes[image] = mix.div(mix.sum(0).clamp(min=1e-12)) @ size
+            return
+        assert selection.into is not None
         into = selection.into[0]
         merged = torch.zeros(len(index) + 1, device=size.device).index_add(
             0, into.where(into >= 0, len(index)), size
@@ -208,6 +220,10 @@ class Encoding:
         """A signal for some tokens [K] of a unit's grid that are alive now, [K, ...]."""
         if unit.source is not None:
             return self.signal(signal, unit.number, unit.source[tokens])
+        if signal.kind == "attention_map":
+            # Not resampled along both axes: the map between the nearest tokens of the unit's own image.
+            assert unit.nearest is not None
+            return self.signal(signal, unit.number, unit.nearest[tokens])
         assert self.packing is not None
         assert self.packing.pack is not None
         if signal not in self._packed:
@@ -415,12 +431,16 @@ class Integration:
     merge_call: MergeCall | None = None
 
 
-def encoder_facts(name: str, depth: int, has_cls: bool) -> ModelFacts:
-    """What methods may know of an encoder alone whose layers can all be read."""
+def encoder_facts(name: str, depth: int, has_cls: bool, values: bool) -> ModelFacts:
+    """What methods may know of an encoder alone whose layers can all be read.
+
+    Args:
+        values: whether its values can be read, too.
+    """
     layers = frozenset(range(depth))
-    missing = dict.fromkeys(VALUE_SIGNALS, f"values of {name} are not read")
+    missing = {} if values else dict.fromkeys(VALUE_SIGNALS, f"the values of {name} are not read")
     if not has_cls:
-        missing |= dict.fromkeys(CLS_SIGNALS, f"this {name} has no class token; use scorer='received'")
+        missing |= dict.fromkeys(CLS_SIGNALS, f"this {name} has no class token")
     signals = {kind: layers for kind in ENCODER_SIGNALS if kind not in missing}
     return ModelFacts(
         name=name,

@@ -241,7 +241,7 @@ def assemble(
     name, tower = type(model).__name__, towers[0]
     missing = dict(missing or {})
     if not tower.has_cls:
-        reason = f"the vision encoder of {name} has no [CLS] token; use scorer='received'"
+        reason = f"the vision encoder of {name} has no [CLS] token"
         missing = dict.fromkeys(CLS_SIGNALS, reason) | missing
     layers = frozenset(range(len(tower.layers)))
     text_layers = frozenset(range(len(decoder.layers)))

@@ -17,7 +17,8 @@ from vtprune.integrations.towers import BatchedViT
 # Models, and versions of transformers between 5.16 and 5.23, differ in these names.
 LAYERS = ("encoder.layers", "encoder.layer", "model.layer", "layers")
 ATTENTIONS = ("attention.attention", "self_attn", "attention")
-PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+OUTPUTS = ("self_attn.out_proj", "attention.o_proj", "attention.output.dense")
 
 
 def integrate(model: nn.Module) -> Integration:
@@ -48,20 +49,22 @@ def integrate(model: nn.Module) -> Integration:
 
     def tap(layer: int) -> AttentionTap:
         attn: Any = attentions[layer]
-        names = next((pair for pair in PROJECTIONS if hasattr(attn, pair[0])), None)
+        names = next((three for three in PROJECTIONS if hasattr(attn, three[0])), None)
         if names is None:
             raise UnsupportedModelError(f"{name} has no separate query and key projections in its attention")
-        query, key = (attn.get_submodule(n) for n in names)
-        head_dim = query.out_features // config.num_attention_heads
+        projections: Any = tuple(attn.get_submodule(n) for n in names)
+        head_dim = projections[0].out_features // config.num_attention_heads
 
-        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, None]:
-            q, k = (split_heads(x, head_dim) for x in outputs)
+        def heads(outputs: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = (split_heads(x, head_dim) for x in outputs)
             tables = kwargs.get("position_embeddings")
             if tables is not None:
                 q, k = sys.modules[type(attn).__module__].apply_rotary_pos_emb(q, k, *tables)
-            return q, k, None
+            return q, k, v
 
-        return AttentionTap(attn, (query, key), heads, head_dim**-0.5)
+        # Where the output projection stands beside the attention proper, it runs behind it, inside the same parent.
+        whole = _first(layers[layer], ("self_attn", "attention"), name)
+        return AttentionTap(whole, projections, heads, head_dim**-0.5, _first(layers[layer], OUTPUTS, name))
 
     def visible(kwargs: Mapping[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None:
@@ -93,7 +96,7 @@ def integrate(model: nn.Module) -> Integration:
         visible=visible,
         tables="position_embeddings" if hasattr(net, "rope_embeddings") else None,
     )
-    return Integration(facts=encoder_facts(name, len(layers), has_cls), towers=[tower])
+    return Integration(facts=encoder_facts(name, len(layers), has_cls, values=True), towers=[tower])
 
 
 def _first(module: nn.Module, paths: Sequence[str], name: str) -> nn.Module:

@@ -86,7 +86,8 @@ class TilePacking:
         for image, (run, (_, wide), count) in enumerate(zip(packed, shapes, counts, strict=True)):
             everything = torch.arange(n)
             base = TokenLayout(layouts[0].rows, side, image=image)
-            units.append(Unit(base, first, image, everything, None if self.resamples else everything))
+            source = None if self.resamples else everything
+            units.append(Unit(base, first, image, everything, source, everything))
             if count > 1:
                 units += self._tiles(run[n:], image, first + 1, wide, side, n)
             first += count
@@ -109,9 +110,10 @@ class TilePacking:
                 top=int(rows.min()),
                 left=int(cols.min()),
             )
-            place = grid[rows, cols].long() % side
-            source = None if self.resamples else place[:, 0] * side + place[:, 1]
-            units.append(Unit(layout, first + number, image, n + rows * width + cols, source))
+            place = grid[rows, cols].round().long() % side
+            nearest = place[:, 0] * side + place[:, 1]
+            source = None if self.resamples else nearest
+            units.append(Unit(layout, first + number, image, n + rows * width + cols, source, nearest))
         return units
 
 

@@ -102,4 +102,4 @@ def integrate(model: nn.Module) -> Integration:
             "forward_intermediates": "intermediate features are reshaped into a full grid, which pruned tokens are not; use forward_features()"
         },
     )
-    return Integration(facts=encoder_facts(name, len(blocks), has_cls), towers=[tower])
+    return Integration(facts=encoder_facts(name, len(blocks), has_cls, values=False), towers=[tower])

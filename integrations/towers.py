@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vtprune.integrations.base import (
 from vtprune.layout import TokenLayout
 from vtprune.method import WHOLE_IMAGE, Signal
 
+ATTENTION = ("cls_attention", "received_attention", "attention_map")
 WHOLE = "tokens of this encoder cannot be removed inside it; its integration must not offer such a site"
 
 
@@ -60,6 +62,18 @@ def whole_image(signal: Signal, seen: Attended) -> Tensor:
     source = {"cls_query": seen.q, "cls_key": seen.k, "cls_value": seen.v}[signal.kind]
     assert source is not None
     return source[:, :, 0]
+
+
+def weighed(seen: Attended, prefix: int, sizes: Sequence[Tensor]) -> Attended:
+    """Queries and keys one entry longer, so that their product adds the logarithm of every key's token size."""
+    bias = rectangle([s.log().unsqueeze(-1) for s in sizes])[0]  # [I, K, 1]
+    bias = (
+        nn.functional.pad(bias, (0, 0, prefix, 0))
+        .to(seen.k.dtype)[:, None]
+        .expand(-1, seen.k.shape[1], -1, -1)
+    )
+    q = torch.cat([seen.q, torch.ones_like(seen.q[..., :1])], -1)
+    return replace(seen, q=q, k=torch.cat([seen.k, bias / seen.scale], -1))
 
 
 def per_token(signal: Signal, seen: Attended) -> Tensor:
@@ -159,13 +173,15 @@ class BatchedViT(VisionTower):
         seen: Attended,
     ) -> list[Tensor]:
         p, valid = self.prefix, encoding.extra.get("valid")
-        if valid is None and seen.kwargs.get(self._mask_argument) is not None:
+        if valid is None and not encoding.proportional and seen.kwargs.get(self._mask_argument) is not None:
             raise UnsupportedCallError(
                 f"the {type(self.module).__name__} was called with an {self._mask_argument}, which measured signals "
                 "would ignore; leave it out, or use a method that reads no attention"
             )
         if signal.kind in WHOLE_IMAGE:
             return list(whole_image(signal, seen))
+        if encoding.proportional and encoding.sizes is not None and signal.kind in ATTENTION:
+            seen = weighed(seen, p, encoding.sizes)
         grid = encoding.layouts[0]
         if signal.kind == "attention_map":
             maps = ops.attention_rows(seen.q, seen.k, seen.scale, valid).mean(1)

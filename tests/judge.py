@@ -24,8 +24,9 @@ from torch import Tensor, nn
 Row = Mapping[str, Any]
 Removed = Mapping[int, Collection[int]]
 """Decoder layer -> prompt columns that are gone from this layer on; 0 is before the language model."""
-Merged = Iterable[tuple[int, int, Tensor]]
-"""(layer, column, value): the vector that this column enters the layer with; 0 is `inputs_embeds`."""
+Merged = Iterable[tuple[int, int, Tensor | Mapping[int, float]]]
+"""(layer, column, value): the vector that this column enters the layer with; 0 is `inputs_embeds`. A mapping
+column -> weight is the weighted sum of what these columns would have entered it with."""
 Positions = Literal["original", "dense"] | Collection[int]
 """Whether survivors keep their positions, or move down for every removed column (of these) before them."""
 
@@ -235,21 +236,27 @@ class Judge:
             closing = everything if positions == "dense" else set()
         else:
             closing = set(positions) & everything
-        changes: dict[int, dict[int, Tensor]] = {}
+        changes: dict[int, dict[int, Tensor | Mapping[int, float]]] = {}
         for layer, column, value in merged:
             changes.setdefault(layer, {})[column] = value
 
         def gone(layer: int) -> set[int]:
             return set().union(*(columns for first, columns in plan.items() if first <= layer))
 
+        def mixed(before: Tensor, values: Mapping[int, Tensor | Mapping[int, float]]) -> Tensor:
+            after = before.clone()
+            for column, value in values.items():
+                if isinstance(value, Mapping):
+                    after[0, column] = sum(w * before[0, c] for c, w in value.items())
+                else:
+                    after[0, column] = value
+            return after
+
         calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         seen: list[Seen] = []
 
         def enter_model(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            embeds = kwargs["inputs_embeds"].clone()
-            for column, value in changes.get(0, {}).items():
-                embeds[0, column] = value
-            kwargs["inputs_embeds"] = embeds
+            kwargs["inputs_embeds"] = embeds = mixed(kwargs["inputs_embeds"], changes.get(0, {}))
             if merged_deepstack:
                 order = kwargs["visual_pos_masks"][0].nonzero()[:, 0].tolist()
                 stacks = [x.clone() for x in kwargs["deepstack_visual_embeds"]]
@@ -269,9 +276,7 @@ class Judge:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
                 hidden, *rest = args
                 if layer and layer in changes:
-                    hidden = hidden.clone()
-                    for column, value in changes[layer].items():
-                        hidden[0, column] = value
+                    hidden = mixed(hidden, changes[layer])
                 mask = kwargs["attention_mask"]
                 assert mask.is_floating_point()
                 assert mask.shape == (1, 1, n, n)

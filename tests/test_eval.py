@@ -140,10 +140,13 @@ def test_retained_is_relative_to_dense():
 # Settings ------------------------------------------------------------------------------------------------------
 
 
-def test_default_plan_holds_every_method_and_control():
+def test_default_plan_holds_every_control_and_all_means_all():
     plan = plan_settings(None, None, [144, 144])
     assert plan[0] == Setting(DENSE)
-    assert {s.method for s in plan} == {*vtprune.list_methods(), *settings.CONTROLS}
+    controls = {"keep-all", "random", "stride", *settings.CONTROLS}
+    assert {s.method for s in plan} == {*settings.DEFAULT_METHODS, *controls}
+    everything = plan_settings(["all"], None, [144, 144])
+    assert {s.method for s in everything} == {*vtprune.list_methods(), *settings.CONTROLS}
     assert [s.keep for s in plan if s.method == "stride"] == [48, 32, 16]
     assert all(s.draws == (0, 1, 2) for s in plan if s.method == "random")
     assert [s.keep for s in plan_settings(["stride"], None, [100, 200])] == [None, 0.33, 0.22, 0.11]

@@ -19,6 +19,7 @@ from torch import Tensor
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
 from vtprune.layout import TokenLayout
 from vtprune.selection import Selection
+from vtprune.space import Space
 
 SiteKind = Literal["vit", "encoder", "projector", "decoder"]
 SITE_KINDS: tuple[SiteKind, ...] = ("vit", "encoder", "projector", "decoder")
@@ -54,6 +55,7 @@ ENCODER_SIGNALS: tuple[str, ...] = (
     "encoder_values",
     "head_output_norms",
 )
+INPUT_SIGNALS = ("text_features", "input_features")
 DECODER_SIGNALS: tuple[str, ...] = (
     "text_attention",
     "prompt_attention",
@@ -91,13 +93,15 @@ class Site:
 class Signal:
     """A quantity that the model computes anyway and that a method wants to read.
 
+    Where several patches make a token, a token's value is the mean of its patches', if not said otherwise.
+
     Kinds and the shape a View gives them, G images, H heads, N tokens at the site:
         cls_attention: [G, H, N] softmax attention of the [CLS] query in one ViT layer (keys include [CLS]).
         received_attention: [G, H, N] mean over the layer's queries of the attention that a token receives there
-            (in a window-attention layer: over the queries of its window).
+            (in a window-attention layer: over the queries of its window; padding patches are no queries).
         attention_map: [G, P + N, P + N] head-mean attention of one ViT layer, P prefix tokens ([CLS], registers) first;
             where several patches make a token, means over its queries and sums over its keys.
-        encoder_keys: [G, N, d] head-mean keys of one ViT layer.
+        encoder_keys: [G, N, d] head-mean keys of one ViT layer, behind any rotary embedding.
         encoder_key_heads, encoder_values: [G, H, N, d] keys and values of one ViT layer.
         head_output_norms: [G, H, N] Euclidean norm of every head's output at every token of one ViT layer.
         cls_query, cls_key, cls_value: [G, H, d] of the [CLS] token in one ViT layer.
@@ -287,6 +291,7 @@ class Method(ABC):
     Attributes:
         substitutes: options with which the method works on models that lack what its defaults read, best first;
             named in errors and in the support matrix, never chosen silently.
+        search_space: options that `vtprune search` varies unless it is told otherwise, with sensible bounds.
         keep: int = tokens per image, float in (0, 1] = ratio.
         positions: "original" keeps the position ids of survivors, "dense" renumbers them without gaps, "auto"
             does as the method's authors do (original wherever positions are multi-dimensional).
@@ -295,6 +300,7 @@ class Method(ABC):
     key: ClassVar[str]
     authors_positions: ClassVar[Literal["original", "dense"]] = "original"
     substitutes: ClassVar[tuple[Mapping[str, object], ...]] = ()
+    search_space: ClassVar[Mapping[str, Space]] = {}
 
     keep: int | float
     positions: Literal["auto", "original", "dense"] = "auto"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from vtprune.errors import AlreadyPatchedError, InvalidOptionError, VTPruneError
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
 from vtprune.method import DECODER_SIGNALS, Method, Signal, compose
+from vtprune.methods import files
 from vtprune.planning import plan
 from vtprune.report import ImageReport, Report
 
@@ -39,7 +42,7 @@ class Patch:
         stages: its decisions in the order of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, method: Method) -> None:
+    def __init__(self, model: nn.Module, method: Method, notes: Sequence[str] = ()) -> None:
         integration = integrate(model)
         self.method = method
         self.facts = integration.facts
@@ -47,6 +50,7 @@ class Patch:
         self._model = weakref.ref(model)
         self._journal = Journal()
         self._report: Report | None = None
+        self._notes = notes
         self._number = next(_numbers)
         try:
             self._attach(model, integration)
@@ -105,7 +109,7 @@ class Patch:
             for stage in self.stages
             if isinstance(stage.keep, int) and stage.keep > image.tokens_in
         }
-        report.notes = sorted({*report.notes, *notes})
+        report.notes = sorted({*self._notes, *report.notes, *notes})
         self._report = report
 
     def _encoder_finished(self, encoding: Encoding) -> None:
@@ -159,7 +163,9 @@ class Patch:
         return f"<Patch {self.method.key} on {self.facts.name}, {state}, sites {[str(s.site) for s in self.stages]}>"
 
 
-def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: Any) -> Patch:
+def patch(
+    model: nn.Module, method: str | os.PathLike[str] | Method | Sequence[Method], **options: Any
+) -> Patch:
     """Prunes visual tokens of a stock model from now on.
 
     Nothing is replaced: the model is given forward hooks, all recorded in a journal. All checks come before the
@@ -167,16 +173,22 @@ def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: 
 
     Args:
         model: see :func:`list_models`.
-        method: a registry key with its options, a Method, or several Methods to apply one after the other.
+        method: a registry key with its options, a Method, several Methods to apply one after the other, or the path
+            of a file that `vtprune search` wrote.
         **options: options of the method when it is given by its key, e.g. ``keep=64``.
 
     Returns:
         The patch: ``report()``, ``remove()``, and a context manager.
 
     Raises:
-        VTPruneError: unknown method or option, option out of range, unsupported model or pair, patched before.
+        VTPruneError: unknown method or option, option out of range, unsupported model or pair, patched before,
+            unreadable file.
+
+    Warns:
+        UserWarning: the file was searched on a model of another class.
     """
-    chosen = _as_method(method, options)
+    file = files.load(method) if files.names_file(method) else None
+    chosen = _as_method(method if file is None else file.method, options)
     if not isinstance(model, nn.Module):
         from vtprune.errors import UnsupportedModelError
 
@@ -188,12 +200,15 @@ def patch(model: nn.Module, method: str | Method | Sequence[Method], **options: 
                     f"{type(owner).__name__} already carries {other!r}. Call unpatch(model) first, or pass several "
                     "methods in one patch to combine them."
                 )
-        result = Patch(model, chosen)
+        note = None if file is None else file.note(type(model).__name__)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
+        result = Patch(model, chosen, () if note is None else (note,))
         _patches[model] = result
     return result
 
 
-def _as_method(method: str | Method | Sequence[Method], options: dict[str, Any]) -> Method:
+def _as_method(method: str | os.PathLike[str] | Method | Sequence[Method], options: dict[str, Any]) -> Method:
     if isinstance(method, str):
         return methods.create(method, **options)
     if options:

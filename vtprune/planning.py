@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vtprune import methods
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
-from vtprune.method import DECODER_SIGNALS, Method, ModelFacts, Signal, Site, Stage
+from vtprune.method import DECODER_SIGNALS, INPUT_SIGNALS, Method, ModelFacts, Signal, Site, Stage
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,14 @@ def plan(method: Method, facts: ModelFacts) -> list[Stage]:
     try:
         stages = plan_stages(method, facts)
     except UnsupportedMethodError as error:
+        own = support(type(method), facts)
+        reason = str(error)
+        if own.works and own.options:
+            reason = f"{reason.rstrip('.')}; use {', '.join(f'{k}={v!r}' for k, v in own.options.items())}."
         others = [support(cls, facts) for name, cls in methods.REGISTRY.items() if name != method.key]
         working = [str(s) for s in others if s.works]
         raise UnsupportedMethodError(
-            f"method {method.key!r} cannot run on {facts.name}: {error} Methods that work there: "
+            f"method {method.key!r} cannot run on {facts.name}: {reason} Methods that work there: "
             f"{', '.join(sorted(working))}."
         ) from None
     if not stages:
@@ -74,7 +78,22 @@ def plan_stages(method: Method, facts: ModelFacts) -> list[Stage]:
     stages.sort(key=lambda s: s.site.order)
     for stage in stages:
         _check_stage(stage, facts)
+    _check_segments(stages)
     return stages
+
+
+def _check_segments(stages: Sequence[Stage]) -> None:
+    """Raises InvalidOptionError if a stage reads a decoder layer that still held tokens removed in between."""
+    borders = [s.site.layer or 0 for s in stages if s.site.kind == "decoder"]
+    for stage in stages:
+        for signal in stage.needs:
+            between = [b for b in borders if signal.layer < b < (stage.site.layer or 0)]
+            if signal.kind in DECODER_SIGNALS and signal.kind not in INPUT_SIGNALS and between:
+                raise InvalidOptionError(
+                    f"{signal.kind} of layer {signal.layer} was measured before tokens are removed at "
+                    f"decoder[{between[-1]}], so the stage at {stage.site} cannot read it; let it read a layer from "
+                    f"{between[-1]} on."
+                )
 
 
 def _check_stage(stage: Stage, facts: ModelFacts) -> None:
@@ -106,6 +125,6 @@ def _known(signal: Signal, site: Site) -> bool:
     """Whether a signal has been measured, or can be computed ahead, when a site is reached."""
     if signal.kind not in DECODER_SIGNALS:
         return site.kind != "vit" or signal.layer < (site.layer or 0)
-    if signal.kind in ("text_features", "input_features"):
+    if signal.kind in INPUT_SIGNALS:
         return site.kind in ("projector", "decoder")
     return site.kind == "decoder" and signal.layer <= (site.layer or 0)

@@ -20,16 +20,24 @@ class Selection:
         into: [G, N] int64 slot (0 .. K_g - 1) that every token is added to, -1 for discarded tokens;
             None when nothing is merged.
         weight: [G, N] coefficients of that sum, used as they are.
+        mix: one [K_g, N] matrix per image instead of `into` and `weight`, where a token is added to several slots:
+            survivor s becomes sum_j mix[s, j] x_j.
     """
 
     index: tuple[Tensor, ...]
     into: Tensor | None = None
     weight: Tensor | None = None
+    mix: tuple[Tensor, ...] | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Kept tokens per image."""
         return tuple(len(i) for i in self.index)
+
+    @property
+    def merges(self) -> bool:
+        """Whether survivors take up other tokens."""
+        return self.into is not None or self.mix is not None
 
     @classmethod
     def of(cls, index: Tensor) -> Selection:
@@ -57,6 +65,8 @@ class Selection:
 
     def image(self, g: int) -> Selection:
         """The part that concerns image g, as a selection of one image."""
+        if self.mix is not None:
+            return Selection((self.index[g],), mix=(self.mix[g],))
         if self.into is None or self.weight is None:
             return Selection((self.index[g],))
         return Selection((self.index[g],), self.into[g : g + 1], self.weight[g : g + 1])
@@ -72,6 +82,9 @@ class Selection:
         """
         if len(self.index) != 1:
             raise VTPruneError(f"apply() works on one image, this selection holds {len(self.index)}")
+        if self.mix is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return (self.mix[0].to(wide) @ x.to(wide)).to(x.dtype)
         if self.into is None or self.weight is None:
             return ops.gather_tokens(x[None], self.index[0][None])[0]
         return ops.merge_tokens(x[None], self.into, self.weight, len(self.index[0]))[0]

@@ -17,6 +17,8 @@ from versions import ENCODES_BEFOREHAND
 
 import vtprune
 from vtprune import methods
+from vtprune.methods.staged import Staged
+from vtprune.methods.vflowopt import VFlowOpt
 from vtprune.report import ImageReport
 from vtprune.testing.zoo import LVLMS, Image, Video
 
@@ -185,6 +187,29 @@ def assert_counts(report: vtprune.Report, keep: int | float) -> None:
         assert image.tokens_out == budget(keep, image.tokens_in)
 
 
+def assert_average(report: vtprune.Report, keep: int | float) -> None:
+    """Every unit has its budget on average over the layers, as nearly as whole tokens allow."""
+    assert report.images
+    depth = len(report.layers)
+    for image in report.images:
+        n = image.tokens_in
+        wanted = keep * n if isinstance(keep, float) else min(keep, n)
+        starts = [first_layer(site) for site in image.kept]
+        spans = [end - start for start, end in zip(starts, [*starts[1:], depth], strict=True)]
+        counts = [len(kept) for kept in image.kept.values()]
+        total = starts[0] * n + sum(s * c for s, c in zip(spans, counts, strict=True))
+        near = abs(total - wanted * depth) <= max(spans) / 2 + 1e-6
+        assert near or (set(counts) == {1} and total > wanted * depth)
+
+
+def assert_budget(report: vtprune.Report, method: str, keep: int | float) -> None:
+    """The budget of a method in its own terms."""
+    if issubclass(methods.REGISTRY[method], (Staged, VFlowOpt)):
+        assert_average(report, keep)
+    else:
+        assert_counts(report, 1.0 if method == "keep-all" else keep)
+
+
 def assert_logits(
     family: str,
     names: Sequence[str],
@@ -196,7 +221,7 @@ def assert_logits(
     """All unpadded columns of all rows show what the judge computes for that row alone."""
     assert logits.shape[:2] == inputs["input_ids"].shape
     for sample, (name, found) in enumerate(zip(names, claims(report, family, names), strict=True)):
-        if merges:
+        if merges and merges[sample]["merged"]:
             judge = judge_of(family)
             expected = Judge.shown(judge.logits(row_of(family, name), **found.how, **merges[sample]))
         else:
@@ -247,37 +272,94 @@ def projected(family: str, features: Tensor) -> Tensor:
 def merges_of(
     family: str, names: Sequence[str], report: vtprune.Report, seen: Sequence[Decision]
 ) -> list[dict[str, Any]]:
-    """Per row `merged` for the judge: the vectors of tokens that others were merged into, from the decisions."""
+    """Per row `merged` for the judge, from the decisions: which tokens became what.
+
+    In front of the language model as vectors; inside it as sums that the judge makes of its own states.
+    """
     rows: list[dict[str, Any]] = [{"merged": []} for _ in names]
+    if any(site.startswith("vit") for site in report.positions):
+        return [entering(family, name, report, i) for i, name in enumerate(names)]
+    if not any(chosen.merges for _, chosen in seen):
+        return rows
     units = units_of(family, tuple(names))
     places = {image.layout: (image, *unit) for image, unit in zip(report.images, units, strict=True)}
     assert len(places) == len(units)
-    (site,) = report.positions
+    sites = {layout: list(image.kept) for layout, (image, *_) in places.items()}
     stock = [features_of(family, name) for name in names]
     for view, chosen in seen:
         for g, layout in enumerate(view.layout):
-            image, sample, unit, _ = places.pop(layout)
+            image, sample, unit, _ = places[layout]
+            kept = view.index[g][chosen.index[g]]
+            # A stage that keeps all tokens of a picture need not have asked.
+            while not torch.equal(kept, image.kept[site := sites[layout].pop(0)]):
+                pass
             features = view.features[g]
-            number = visual(family, names[sample]).units.index(unit)
-            through = projected(family, features) if site == "encoder" else features
-            torch.testing.assert_close(through, stock[sample][number], atol=TOLERANCE, rtol=TOLERANCE)
-            assert torch.equal(chosen.index[g], image.kept[site])
-            if chosen.into is None or chosen.weight is None:
+            if not site.startswith("decoder"):
+                number = visual(family, names[sample]).units.index(unit)
+                through = projected(family, features) if site == "encoder" else features
+                torch.testing.assert_close(through, stock[sample][number], atol=TOLERANCE, rtol=TOLERANCE)
+            if not chosen.merges:
                 continue
-            slots = torch.zeros(len(chosen.index[g]), features.shape[1])
-            for token, (slot, weight) in enumerate(
-                zip(chosen.into[g].tolist(), chosen.weight[g].tolist(), strict=True)
-            ):
-                if slot >= 0:
-                    slots[slot] += weight * features[token]
-            values = projected(family, slots) if site == "encoder" else slots
-            for index, value in zip(image.kept[site].tolist(), values, strict=True):
-                rows[sample]["merged"].append((0, unit.columns[index], value))
-    assert not places
+            made: list[dict[int, float]] = [{} for _ in kept]
+            if chosen.mix is not None:
+                made = [{t: w for t, w in enumerate(row) if w} for row in chosen.mix[g].tolist()]
+            else:
+                assert chosen.into is not None
+                assert chosen.weight is not None
+                for token, (slot, weight) in enumerate(
+                    zip(chosen.into[g].tolist(), chosen.weight[g].tolist(), strict=True)
+                ):
+                    if slot >= 0:
+                        made[slot][token] = weight
+            own = [unit.columns[index] for index in view.index[g].tolist()]
+            if site.startswith("decoder"):
+                sums: list[Any] = [{own[token]: w for token, w in parts.items()} for parts in made]
+            else:
+                slots = torch.stack([sum(w * features[t] for t, w in parts.items()) for parts in made])
+                sums = list(projected(family, slots) if site == "encoder" else slots)
+            for index, value in zip(kept.tolist(), sums, strict=True):
+                rows[sample]["merged"].append((first_layer(site), unit.columns[index], value))
     return rows
 
 
 # ---------------------------------------------------------------------- looking
+
+
+@functools.cache
+def _twin(family: str) -> Any:
+    return LVLMS[family].build()
+
+
+@torch.no_grad()
+def entering(family: str, name: str, report: vtprune.Report, sample: int) -> dict[str, Any]:
+    """What the judge has to know of a method inside the encoder: all vectors that the same method gives the language
+    model for the row alone, where it has to keep the same. tests/test_encoders.py proves what happens inside."""
+    given: dict[str, Any] = {}
+    model = _twin(family)
+    base = model.model if hasattr(model, "lm_head") else model
+    decoder = base.text_model if family in CHOPPED else base.language_model
+    # Registered before the patch: sees what enters in full length.
+    handle = decoder.register_forward_pre_hook(lambda m, a, kwargs: given.update(kwargs), with_kwargs=True)
+    try:
+        with vtprune.patch(model, methods.create(report.method, **report.options)) as patch:
+            model(**row_of(family, name))
+            alone = patch.report()
+    finally:
+        handle.remove()
+    prompt = visual(family, name)
+    columns = list(prompt.loose)
+    pairs = zip(images_of(report, sample), images_of(alone, 0), prompt.units, strict=True)
+    for image, same, unit in pairs:
+        kept = {site: index.tolist() for site, index in image.kept.items()}
+        assert {site: index.tolist() for site, index in same.kept.items()} == kept
+        last = next((index for site, index in reversed(kept.items()) if not site.startswith("decoder")), [])
+        columns += [unit.columns[i] for i in last]
+    found: dict[str, Any] = {"merged": [(0, c, given["inputs_embeds"][0, c]) for c in columns]}
+    if given.get("deepstack_visual_embeds"):
+        order = given["visual_pos_masks"][0].nonzero()[:, 0].tolist()
+        stacks = torch.stack(list(given["deepstack_visual_embeds"]))
+        found["merged_deepstack"] = {c: stacks[:, order.index(c)] for c in columns}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +396,7 @@ def tell(
 ) -> list[dict[str, Any]]:
     """Per row what the judge has to know; with the decisions where tokens were merged."""
     found: list[dict[str, Any]] = [c.how for c in claims(report, family, names)]
-    if seen is not None and len(report.positions) == 1:
+    if seen is not None:
         for how, merge in zip(found, merges_of(family, names, report, seen), strict=True):
             how.update(merge)
     return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 from contract.common import CELLS, FAMILIES, KEY_CELLS, TOLERANCE, judge_of, options_of, patched, subject
 from contract.evidence import (
+    assert_budget,
     assert_counts,
     assert_logits,
     assert_units,
@@ -67,7 +68,7 @@ def judge_cell(
     keep: int | float,
     attention: str = "sdpa",
     **more: Any,
-) -> list[dict[str, Any]] | None:
+) -> list[dict[str, Any]]:
     """One call of one cell: units, counts, logits of every row, and that something was at stake."""
     inputs = inputs_of(family, names, padding)
     options = options_of(family, method, keep, **more)
@@ -77,8 +78,8 @@ def judge_cell(
         logits = forward(family, names, padding, attention).logits
         report = patch.report()
     assert_units(report, family, names)
-    assert_counts(report, 1.0 if method == "keep-all" else keep)
-    merges = merges_of(family, names, report, seen) if method == "visionzip" else None
+    assert_budget(report, method, keep)
+    merges = merges_of(family, names, report, seen)
     assert_logits(family, names, inputs, logits, report, merges)
     last = [int(row.nonzero().max()) for row in inputs["attention_mask"]]
     moved = [float((stock[i, c] - logits[i, c]).abs().max()) for i, c in enumerate(last)]
@@ -105,7 +106,6 @@ def test_eager_attention(family: str, method: str) -> None:
 def test_half_of_the_budget_is_merged(family: str, method: str) -> None:
     """By default the smallest pictures have no merged token."""
     merges = judge_cell(family, method, ragged(family), "left", 0.5, contextual=0.5)
-    assert merges is not None
     assert all(bool(m["merged"]) == (n != "text") for m, n in zip(merges, ragged(family), strict=True))
 
 

@@ -76,7 +76,7 @@ def test_greedy_equals_the_judge(family: str, method: str) -> None:
     with decisions(method) as seen, vtprune.patch(model, method, **options) as patch:
         out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, **SCORED)
         report = patch.report()
-        known = tell(family, names, report, seen if method == "visionzip" else None)
+        known = tell(family, names, report, seen)
         assert report.decode_steps == STEPS - 1
         if recomputes(family):
             uncached = greedy(model, inputs, 3, use_cache=False)

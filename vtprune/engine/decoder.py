@@ -418,7 +418,7 @@ class DecoderEngine(Bound):
                     run.memo.selections[number] = selections
         run.fired.add(number)
         removed = []
-        merges = any(s.into is not None for s in selections)
+        merges = any(s.merges for s in selections)
         if merges:
             hidden = hidden.clone()
         for image, selection, rows in zip(run.images, selections, features, strict=True):

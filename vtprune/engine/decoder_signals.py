@@ -14,10 +14,9 @@ from vtprune.engine.prompt import PromptImage
 from vtprune.engine.run import Run
 from vtprune.engine.sequence import Segment, gather_table
 from vtprune.integrations.base import Decoder
-from vtprune.method import DECODER_SIGNALS, Signal
+from vtprune.method import DECODER_SIGNALS, INPUT_SIGNALS, Signal
 
-# Signals that need no attention layer, and signals for which the last token's query suffices.
-INPUTS = ("text_features", "input_features")
+# Signals for which the last token's query suffices.
 LAST = ("text_attention",)
 CHUNK = 256  # query rows per step of a column sum
 
@@ -33,8 +32,8 @@ class DecoderSignals:
     def __init__(self, decoder: Decoder, wanted: Iterable[tuple[Signal, int | None]]) -> None:
         self.decoder = decoder
         pairs = [(s, site) for s, site in wanted if s.kind in DECODER_SIGNALS]
-        self.needs_inputs = any(s.kind in INPUTS for s, _ in pairs)
-        tapped = [s for s, site in pairs if s.kind not in INPUTS and s.layer != site]
+        self.needs_inputs = any(s.kind in INPUT_SIGNALS for s, _ in pairs)
+        tapped = [s for s, site in pairs if s.kind not in INPUT_SIGNALS and s.layer != site]
         self.layers = sorted({s.layer for s in tapped})
         self.all_queries = {s.layer for s in tapped if s.kind not in LAST}
 
@@ -67,7 +66,7 @@ class DecoderSignals:
             hidden: [B, n_slots, D] states at the stage, for signals computed ahead.
         """
         with torch.no_grad():
-            if signal.kind in INPUTS:
+            if signal.kind in INPUT_SIGNALS:
                 return self._inputs(run, signal)
             q, k, visible, scale = self._attention(run, signal, hidden)
             new = run.tokens.now.n_slots

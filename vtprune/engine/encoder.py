@@ -224,7 +224,7 @@ class EncoderEngine(Bound):
         kept = list(rows)
         for (i, _, _, tokens), x, selection in zip(seen, features, selections, strict=True):
             # An image that loses nothing keeps its padding too: its other tokens attend to that.
-            if len(selection.index[0]) < len(tokens) or selection.into is not None:
+            if len(selection.index[0]) < len(tokens) or selection.merges:
                 encoding.resize(i, torch.searchsorted(before[i], tokens), selection)
                 encoding.alive[i] = tokens[selection.index[0]]
                 kept[i] = selection.apply(x)

@@ -6,12 +6,34 @@ import dataclasses
 
 from vtprune.errors import InvalidOptionError, UnknownMethodError, did_you_mean
 from vtprune.method import Method, Sequential
+from vtprune.methods.act import ACT as ACT
+from vtprune.methods.as_vit import ASViT as ASViT
+from vtprune.methods.atp_llava import ATPLLaVA as ATPLLaVA
+from vtprune.methods.cdpruner import CDPruner as CDPruner
+from vtprune.methods.dart import DART as DART
 from vtprune.methods.divprune import DivPrune as DivPrune
+from vtprune.methods.fastervlm import FasterVLM as FasterVLM
 from vtprune.methods.fastv import FastV as FastV
+from vtprune.methods.flowcut import FlowCut as FlowCut
+from vtprune.methods.holov import HoloV as HoloV
 from vtprune.methods.keep_all import KeepAll as KeepAll
+from vtprune.methods.mstm import MSTM as MSTM
+from vtprune.methods.own import VTPrune as VTPrune
+from vtprune.methods.prumerge import PruMerge as PruMerge
+from vtprune.methods.prumerge_plus import PruMergePlus as PruMergePlus
+from vtprune.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtprune.methods.random import Random as Random
+from vtprune.methods.rollout import Rollout as Rollout
+from vtprune.methods.sparsevlm import SparseVLM as SparseVLM
+from vtprune.methods.spatten import SpAtten as SpAtten
+from vtprune.methods.stella import Stella as Stella
 from vtprune.methods.stride import Stride as Stride
+from vtprune.methods.submodular import Submodular as Submodular
+from vtprune.methods.tome import ToMe as ToMe
+from vtprune.methods.ucofia import UCoFiA as UCoFiA
+from vtprune.methods.vflowopt import VFlowOpt as VFlowOpt
 from vtprune.methods.visionzip import VisionZip as VisionZip
+from vtprune.methods.vispruner import VisPruner as VisPruner
 from vtprune.methods.vtc_cls import VTCCls as VTCCls
 
 REGISTRY: dict[str, type[Method]] = {

@@ -1,0 +1,96 @@
+"""AS-ViT: [CLS] attention with every head weighted by how much it says at a token, cut at thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vtprune.errors import InvalidOptionError
+from vtprune.method import ModelFacts, Signal, Site, Stage, View, check_choice, resolve_keep, resolve_layer
+from vtprune.methods.emergent import Emergent
+from vtprune.scoring import by_count, geometric
+from vtprune.selection import Selection, check_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASViT(Emergent):
+    """Text-agnostic, inside the ViT; per-picture counts by thresholds that are meant to be trained.
+
+        rho_h(i) = ||O_h[i]|| / sum_h' ||O_h'[i]||,  O_h = A_h V_h;   S(i) = sum_h rho_h(i) A_h[CLS, i]
+        a token stays if S(i) > theta_l; S is of the layer before
+
+    Source: Liu et al., "Adaptive Sparse ViT" (IJCAI 2023); Cydia2018/AS-ViT at ea7ccdb. Layers 4, 7 and 10 of 12
+    (counted from 0) as fractions of the depth; thresholds are the values training starts from. They compare
+    attention mass, so they suit DeiT's 196 patches; trained ones have to be given for any other use.
+    Deviations: (1) counts are per image in any batch (theirs: the mean count, then top-k). (2) The token of largest S
+    always stays. (3) The variants that accumulate S over layers are left out. (4) No training.
+
+    Attributes:
+        keep: None (authors) = by threshold; a budget takes the largest S instead, all stages keeping the same share,
+            and ignores the thresholds.
+        layers: where it acts, at the input of ViT layers; indices or fractions of the depth. Those that fall together in
+            a shallow encoder act once, with the last one's threshold.
+        thresholds: one theta per layer.
+        scorer: "cls", or explicitly "received" (ours: mean attention received) on encoders without [CLS].
+    """
+
+    key: ClassVar[str] = "as-vit"
+    substitutes = ({"scorer": "received"},)
+
+    layers: tuple[int | float, ...] = (4 / 12, 7 / 12, 10 / 12)
+    thresholds: tuple[float, ...] = (0.001, 0.002, 0.003)
+    scorer: Literal["cls", "received"] = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("scorer", self.scorer, ("cls", "received"))
+        if not self.layers or len(self.layers) != len(self.thresholds):
+            raise InvalidOptionError(
+                f"{len(self.layers)} layers need as many thresholds; {len(self.thresholds)} were given."
+            )
+
+    def places(self, facts: ModelFacts) -> Mapping[int, float]:
+        """Layer -> threshold, ascending."""
+        layers = [max(1, resolve_layer(one, facts.encoder_layers, "layers")) for one in self.layers]
+        return dict(sorted(dict(zip(layers, self.thresholds, strict=True)).items()))
+
+    def stages(self, facts: ModelFacts) -> list[Stage]:
+        places = self.places(facts)
+        kind: Literal["cls_attention", "received_attention"] = (
+            "cls_attention" if self.scorer == "cls" else "received_attention"
+        )
+        return [
+            Stage(
+                Site("vit", layer),
+                self.keep if i == len(places) else None,
+                partial(self.cut, stage=i, stages=len(places), threshold=threshold),
+                (Signal(kind, layer - 1), Signal("head_output_norms", layer - 1)),
+                must_prune=i == len(places),
+                positions=self.position_policy(facts),
+            )
+            for i, (layer, threshold) in enumerate(places.items(), start=1)
+        ]
+
+    def cut(self, view: View, stage: int, stages: int, threshold: float) -> Selection:
+        """Stage 1 .. `stages`."""
+        if self.keep is None:
+            scores = self.scores(view)
+            check_finite(scores)
+            # As many as exceed the threshold: the best are those.
+            counts = (scores > threshold).sum(-1).clamp(min=1).tolist()
+        else:
+            keep = self.keep
+            counts = [geometric(m, resolve_keep(keep, m), stage, stages) for m in view.n_original]
+        return by_count(view, [min(view.n, count) for count in counts], self.decide)
+
+    def scores(self, view: View) -> Tensor:
+        """S [G, N]."""
+        attention, norms = (view[signal].float() for signal in view.signals)
+        return (norms / (norms.sum(1, keepdim=True) + 1e-8) * attention).sum(1)
+
+    def decide(self, view: View) -> Selection:
+        return Selection.topk(self.scores(view), view.k)

@@ -1,0 +1,95 @@
+"""VTPrune: diverse tokens, weighted by what the encoder itself attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune.errors import InvalidOptionError
+from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
+from vtprune.selection import Selection, check_finite, merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class VTPrune(Method):
+    """Training-free, text-agnostic; our own default, with and without [CLS].
+
+        a_j = mean over layers l >= first_layer and heads of A^l_h[CLS, j]  (or of the attention j receives)
+        first = argmax_j a_j^theta;   next = argmax_{j not in S} a_j^theta min_{s in S} (1 - cos(x_j, x_s))
+
+    A dropped token joins the survivor of largest cosine c with weight beta max(c, 0) against the survivor's 1,
+    normalised. Importance alone keeps many tokens of one salient thing, diversity alone spends tokens on every shade
+    of background; a square root of the importance keeps their ranges comparable. Positions stay original.
+
+    Source: ours. Farthest-first is DivPrune's, the ensemble over layers VTC-CLS's. theta, beta, first_layer and the
+    feature (projector output rather than keys) were chosen on split `val` of the picture world with the reference
+    LLaVA, 120 questions per kind at 16 and 32 of 144 tokens; beta between 0.1 and 0.4 makes no difference there.
+
+    Attributes:
+        theta: exponent of the importance; 0 is pure diversity.
+        beta: weight of merged tokens; 0 discards them.
+        first_layer: index or fraction of the depth from which attention counts.
+        scorer: "cls", "received", or "auto": [CLS] where the encoder has one, else received attention.
+    """
+
+    key: ClassVar[str] = "vtprune"
+
+    theta: float = 0.5
+    beta: float = 0.2
+    first_layer: int | float = 0.5
+    scorer: Literal["auto", "cls", "received"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("scorer", self.scorer, ("auto", "cls", "received"))
+        for name in ("theta", "beta"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidOptionError(f"{name}={getattr(self, name)} must be a number >= 0.")
+
+    def site(self, facts: ModelFacts) -> Site:
+        return Site("projector") if "projector" in facts.sites else facts.behind_encoder()
+
+    def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
+        kind: Literal["cls_attention", "received_attention"] = "cls_attention"
+        if self.scorer == "received" or (self.scorer == "auto" and "cls_attention" in facts.missing):
+            kind = "received_attention"
+        depth = facts.encoder_layers
+        return tuple(Signal(kind, i) for i in range(resolve_layer(self.first_layer, depth, "first_layer"), depth))
+
+    def decide(self, view: View) -> Selection:
+        importance = torch.stack([view[signal].mean(1) for signal in view.signals]).mean(0)
+        unit = normalize(view.features.float(), dim=-1)
+        similarity = unit @ unit.transpose(1, 2)  # [G, N, N]
+        kept = weighted_farthest_first(importance.clamp(min=0) ** self.theta, 1 - similarity, view.k)
+        if self.beta == 0 or view.k == view.n:
+            return Selection.of(kept)
+        closest, slot = similarity.gather(2, kept[:, None].expand(-1, view.n, -1)).max(-1)
+        target = kept.gather(1, slot).scatter(1, kept, kept)
+        weight = (self.beta * closest.clamp(min=0)).scatter(1, kept, 1.0)
+        total = torch.zeros_like(weight).scatter_add(1, target, weight)
+        return merged(kept, target, weight / total.gather(1, target))
+
+
+def weighted_farthest_first(weight: Tensor, distance: Tensor, k: int) -> Tensor:
+    """Greedy choice of k tokens by weight times distance to the nearest chosen one; [G, k], in order of choice.
+
+    Args:
+        weight: [G, N] non-negative.
+        distance: [G, N, N].
+    """
+    check_finite(weight)
+    check_finite(distance)
+    image = torch.arange(len(weight), device=weight.device)
+    chosen = weight.argmax(-1)
+    order = [chosen]
+    nearest = torch.full_like(weight, float("inf"))
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, distance[image, chosen].clamp(min=0))
+        nearest[image, chosen] = float("-inf")
+        chosen = (weight * nearest).where(nearest >= 0, nearest).argmax(-1)
+        order.append(chosen)
+    return torch.stack(order, 1)

@@ -1,0 +1,204 @@
+"""What methods share that thin out visual tokens step by step inside the language model."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from vtprune.errors import InvalidOptionError
+from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, check_keep, resolve_layer
+from vtprune.selection import Selection
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens per stage whose average over all decoder layers is the budget.
+
+    Attributes:
+        depth: decoder layers.
+        starts: first layer that misses what each stage removes, ascending.
+        shares: strength in [0, 1] -> share of the original tokens behind each stage; grows from 0 to 1.
+    """
+
+    depth: int
+    starts: Sequence[int]
+    shares: Callable[[float], Sequence[float]]
+
+    def counts(self, keep: int | float, n: int) -> list[int]:
+        """Tokens behind each stage, of `n` original ones: never increasing, at least 1.
+
+        The strength whose average is `keep` is found by bisection; counts are rounded down, then raised by one
+        from the first stage on while that brings the average nearer. A budget that is too small to be met, since
+        the layers before the first stage see all tokens, leaves 1 token behind every stage.
+        """
+        target = (keep * n if isinstance(keep, float) else min(keep, n)) * self.depth
+        ends = [*self.starts[1:], self.depth]
+        spans = [end - start for start, end in zip(self.starts, ends, strict=True)]
+
+        def behind(strength: float) -> list[float]:
+            return [min(float(n), max(1.0, share * n)) for share in self.shares(strength)]
+
+        def left(counts: Sequence[float]) -> float:
+            used = sum(span * count for span, count in zip(spans, counts, strict=True))
+            return target - self.starts[0] * n - used
+
+        low, high = 0.0, 1.0
+        if left(behind(high)) >= 0:
+            low = high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if left(behind(middle)) >= 0 else (low, middle)
+        counts = [math.floor(count + 1e-6) for count in behind(low)]
+        for i, span in enumerate(spans):
+            missing, most = left(counts), counts[i - 1] if i else n
+            counts[i] = min(counts[i], most)
+            if counts[i] < most and abs(missing - span) < abs(missing):
+                counts[i] += 1
+        return counts
+
+
+class StageView(View):
+    """A view that knows which of the method's layers decides, for methods whose stages differ.
+
+    Attributes:
+        stage: number of the layer in `layers`.
+    """
+
+    stage: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Method):
+    """Base of methods that prune at several decoder layers.
+
+    Attributes:
+        keep: visual tokens per image (or share of them) on average over all decoder layers.
+        layers: decoder layers that decide, as indices or fractions of the depth.
+        counts: instead of an average, tokens (or shares of the original ones) left by each of `layers`.
+    """
+
+    behind: ClassVar[bool] = False  # whether tokens leave behind the deciding layer, or at its input
+
+    layers: tuple[int | float, ...] = ()
+    counts: tuple[int | float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.counts is not None and len(self.counts) != len(self.layers):
+            raise InvalidOptionError(
+                f"counts={self.counts} has {len(self.counts)} entries for {len(self.layers)} layers; give one each."
+            )
+        for count in self.counts or ():
+            check_keep(count, "counts")
+
+    def options(self) -> dict[str, object]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in super().options().items()}
+
+    def shares(self, strength: float, stages: int) -> Sequence[float]:
+        """Share of the original tokens behind each stage, here r, r^2, r^3 ...: all 0 at strength 0, all 1 at 1."""
+        return [strength ** (i + 1) for i in range(stages)]
+
+    @abstractmethod
+    def signals(self, layer: int, since: int) -> tuple[Signal, ...]:
+        """What the decision of a layer reads; nothing was removed from layer `since` on."""
+
+    def deciding(self, facts: ModelFacts) -> Sequence[int | float]:
+        """Layers that decide on this model."""
+        return self.layers
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a stage has a count to meet; otherwise the count emerges from its decision."""
+        return True
+
+    def stages(self, facts: ModelFacts) -> list[Stage]:
+        first = 0 if self.behind else 1
+        layers = self.deciding(facts)
+        # Where a shallow model makes two of the layers one, the later stage counts.
+        number = {
+            resolve_layer(layer, facts.decoder_layers, "layers", first): i for i, layer in enumerate(layers)
+        }
+        decide = sorted(layer for layer in number if layer + self.behind < facts.decoder_layers)
+        if not decide:
+            raise InvalidOptionError(
+                f"layers={layers} leaves no layer of {facts.decoder_layers} to prune; give one that another follows."
+            )
+        stages = [number[layer] for layer in decide]
+        starts = [layer + self.behind for layer in decide]
+        schedule = Schedule(
+            facts.decoder_layers,
+            starts,
+            lambda strength: [self.shares(strength, len(layers))[stage] for stage in stages],
+        )
+        # An average is told to the engine for its notes on small pictures; `_decide` turns it into counts.
+        budgets = self.counts or [self.keep if self.budgeted else None] * len(layers)
+        return [
+            Stage(
+                Site("decoder", start),
+                budgets[stage],
+                partial(self._decide, schedule, place, stage),
+                self.signals(layer, starts[place - 1] if place else 0),
+                must_prune=False,
+                positions=self.position_policy(facts),
+            )
+            for place, (layer, start, stage) in enumerate(zip(decide, starts, stages, strict=True))
+        ]
+
+    def _decide(self, schedule: Schedule, place: int, stage: int, view: View) -> Selection:
+        """Splits a view by the count that each image's original size asks for."""
+        if not self.budgeted:
+            return self.decide(part_of(view, range(len(view.layout)), view.k, stage))
+        if self.counts is not None:
+            wanted = [view.k] * len(view.layout)
+        else:
+            wanted = [min(view.n, schedule.counts(self.keep, n)[place]) for n in view.n_original]
+        parts: list[Selection | None] = [None] * len(wanted)
+        for k in sorted(set(wanted)):
+            rows = [g for g, w in enumerate(wanted) if w == k]
+            if k == view.n:
+                chosen = Selection.everything(len(rows), k, view.features.device)
+            else:
+                chosen = self.decide(part_of(view, rows, k, stage))
+            for place_in_part, g in enumerate(rows):
+                parts[g] = chosen.image(place_in_part)
+        return _joined([p for p in parts if p is not None], view.n)
+
+
+def part_of(view: View, rows: Sequence[int], k: int, stage: int) -> StageView:
+    """The view of some of its images, with another count."""
+    rows = list(rows)
+    part = StageView(
+        features=view.features[rows],
+        index=view.index[rows],
+        layout=[view.layout[g] for g in rows],
+        k=k,
+        n_original=[view.n_original[g] for g in rows],
+        seeds=lambda: [view.image_seeds[g] for g in rows],
+        signals={signal: view[signal][rows] for signal in view.signals},
+        sizes=view.sizes[rows],
+    )
+    part.stage = stage
+    return part
+
+
+def _joined(parts: Sequence[Selection], n: int) -> Selection:
+    """Selections of one image each as one."""
+    index = tuple(part.index[0] for part in parts)
+    if all(part.into is None for part in parts):
+        return Selection(index)
+    into, weight = [], []
+    for kept, part in zip(index, parts, strict=True):
+        if part.into is None or part.weight is None:
+            slots = torch.arange(len(kept), device=kept.device)
+            into.append(kept.new_full((n,), -1).scatter(0, kept, slots))
+            weight.append(torch.ones(n, device=kept.device))
+        else:
+            into.append(part.into[0])
+            weight.append(part.weight[0])
+    return Selection(index, torch.stack(into), torch.stack(weight))

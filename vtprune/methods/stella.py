@@ -1,0 +1,67 @@
+"""STELLA: a draw of tokens in proportion to how much the prompt singles them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+from zlib import crc32
+
+import torch
+
+from vtprune.errors import InvalidOptionError
+from vtprune.method import Method, ModelFacts, Signal, Site, View, resolve_layer
+from vtprune.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stella(Method):
+    """Text-aware, random; draws tokens without replacement, weighted by localized importance.
+
+        I_j = mean_{h, q} softmax_j(q . k_j / (sqrt(d) temperature)) over the visual tokens j,   S ~ I without replacement
+
+    Source: Lee et al., "STELLA: Continual Audio-Video Pre-training with Spatio-Temporal Localized Alignment" (ICML 2024);
+    G-JWLee/STELLA_code at e90d5b7. Ratio .5 and temperature .4 are theirs.
+    Deviations: theirs drops patches while an audio-video encoder is trained, and q, k come from a trained audio-video
+    alignment module. Such weights are not to be had for a stock model, so the other modality here is the text: q are the
+    prompt's tokens and k the visual ones in a decoder layer, whose attention p gives the same softmax as that of
+    log p / temperature. Layer 2 is ours (FastV's). The replay buffer, whose queries zero importances, has no
+    meaning at inference and is left out. The draw depends on `seed` and the picture, not on the batch.
+
+    Attributes:
+        temperature: of the softmax.
+        layer: K, the tokens go at its input by the attention of the layer before; an index >= 1 or a fraction.
+        seed: changes the draw.
+    """
+
+    key: ClassVar[str] = "stella"
+
+    keep: int | float = 0.5
+    temperature: float = 0.4
+    layer: int | float = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise InvalidOptionError(f"temperature={self.temperature} has to be above 0.")
+
+    def site(self, facts: ModelFacts) -> Site:
+        return Site("decoder", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1))
+
+    def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:
+        return (
+            Signal("prompt_attention", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1) - 1),
+        )
+
+    def decide(self, view: View) -> Selection:
+        (attention,) = (view[signal].float() for signal in view.signals)  # [G, H, T, N]
+        # Rows of zeros fill up shorter prompts; text in front of the picture does not see it either.
+        real = attention.sum(-1, keepdim=True) > 0
+        sharp = (attention.log() / self.temperature).softmax(-1).where(real, 0)
+        importance = sharp.mean((1, 2))
+        race = []
+        for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
+            generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
+            race.append(torch.rand(n, generator=generator).to(index.device)[index])
+        # The k first arrivals of exponential clocks with rates I are such a draw.
+        return Selection.topk(torch.stack(race).log() / importance, view.k)
