@@ -42,7 +42,8 @@ ref = _load("dense_reference")
 
 TOLERANCE = 1e-4
 FAMILIES = ("clip", "siglip", "qwen")
-METHODS = tuple(vtprune.list_methods())
+# Methods that this older judge knows; tests/contract has all.
+METHODS = ("divprune", "fastv", "keep-all", "random", "stride", "visionzip", "vtc-cls")
 DENSE_ON_LLAVA = ("vtc-cls", "visionzip", "divprune")
 PAIRS = [(family, attention) for family in ("clip", "qwen") for attention in ("sdpa", "eager")]
 EVERY_PAIR = [*PAIRS, ("siglip", "sdpa")]

@@ -201,7 +201,7 @@ class Report:
         """Everything as plain numbers, strings and lists."""
         return {
             "method": self.method,
-            "options": self.options,
+            "options": _plain(self.options),
             "model": self.model,
             "positions": self.positions,
             "engaged": self.engaged,
@@ -284,3 +284,10 @@ class Report:
         if self.decode_steps:
             lines.append(f"  {self.decode_steps} decoding steps")
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

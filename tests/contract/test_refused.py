@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 from collections.abc import Callable
@@ -306,11 +307,14 @@ def test_wrong_options_leave_the_model_untouched(family: str) -> None:
 # ---------------------------------------------------------------------------------------------- cells
 
 
-def named_methods(message: str) -> list[tuple[str, dict[str, str]]]:
+def named_methods(message: str) -> list[tuple[str, dict[str, Any]]]:
     """Methods, and options, that a message says would work."""
     said = message.split("Methods that work there:")[1]
     found = re.findall(r"([a-z][a-z-]+)(?:\(([^)]*)\))?", said)
-    return [(key, dict(re.findall(r"(\w+)='(\w+)'", options))) for key, options in found]
+    return [
+        (key, {k: ast.literal_eval(v) for k, v in re.findall(r"(\w+)=('\w+'|\w+)", options)})
+        for key, options in found
+    ]
 
 
 def check_refusal(model: nn.Module, method: str, **options: Any) -> None:

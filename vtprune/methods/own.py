@@ -58,7 +58,9 @@ class VTPrune(Method):
         if self.scorer == "received" or (self.scorer == "auto" and "cls_attention" in facts.missing):
             kind = "received_attention"
         depth = facts.encoder_layers
-        return tuple(Signal(kind, i) for i in range(resolve_layer(self.first_layer, depth, "first_layer"), depth))
+        return tuple(
+            Signal(kind, i) for i in range(resolve_layer(self.first_layer, depth, "first_layer"), depth)
+        )
 
     def decide(self, view: View) -> Selection:
         importance = torch.stack([view[signal].mean(1) for signal in view.signals]).mean(0)
