@@ -249,9 +249,10 @@ def run(mutant: Mutant, source: Path, workers: str) -> tuple[bool, str]:
         )
     finally:
         path.write_text(whole)
-    failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode == 1 and failed:
-        return True, failed[0].removeprefix("FAILED ").removeprefix("ERROR ")
+    # Parallel runs that stop at the first failure end with 2, others with 1; errors of collection do not count.
+    failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    if failed:
+        return True, failed[0].removeprefix("FAILED ")
     return False, "no test failed" if done.returncode == 0 else f"pytest ended with {done.returncode}"
 
 
