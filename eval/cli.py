@@ -26,7 +26,7 @@ from .evaluation import BATCH_SIZE, Evaluation, Observer, evaluate
 from .prompts import EvaluationError, Prompter, load_model
 from .report_html import write_report
 from .results import PREDICTIONS, REPORT, RESULTS, JsonLines, Row, output_folder
-from .settings import CONTROLS, DEFAULT_METHODS, Setting, parse_method, plan_settings
+from .settings import CONTROLS, DEFAULT_METHODS, EVERY, Setting, parse_method, plan_settings
 from .show import open_picture, show
 from .tables import accuracy_table, cost_table
 from .world import KINDS, SPLITS, Example, examples, reference_dir
@@ -252,7 +252,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.limit < 1 or arguments.batch_size < 1:
         raise EvaluationError("--limit and --batch-size must be at least 1.")
     for method in arguments.method or ():
-        parse_method(method)
+        if method != EVERY:
+            parse_method(method)
     started = time.perf_counter()
     console, progress_console = _console(), _console(stderr=True)
     model, processor, name = _load(arguments)

@@ -41,7 +41,8 @@ class Mutant:
     fault: str
 
 
-DECODER, SEQUENCE, ENCODER = "vtprune/engine/decoder.py", "vtprune/engine/sequence.py", "vtprune/engine/encoder.py"
+DECODER, SEQUENCE = "vtprune/engine/decoder.py", "vtprune/engine/sequence.py"
+SIGNALS = "vtprune/engine/decoder_signals.py"
 MUTANTS = (
     Mutant(
         "off by one in kept indices",
@@ -99,9 +100,9 @@ MUTANTS = (
     ),
     Mutant(
         "window counted in slots",
-        DECODER,
-        "    keys = segment.columns\n",
-        "    keys = torch.arange(segment.columns.shape[1]).expand_as(segment.columns)\n",
+        SIGNALS,
+        "        columns = segment.columns\n",
+        "        columns = torch.arange(segment.columns.shape[1]).expand_as(segment.columns)\n",
     ),
     Mutant(
         "hidden states not gathered behind a decoder stage: the cache stays full",
@@ -148,9 +149,9 @@ MUTANTS = (
     ),
     Mutant(
         "signals of the wrong sample",
-        DECODER,
-        "                return text[s][image.row][:, where(image, image.alive)].transpose(0, 1)\n",
-        "                return text[s][0][:, where(image, image.alive)].transpose(0, 1)\n",
+        SIGNALS,
+        "lambda image, slots: rows[image.row][:, slots].transpose(0, 1)\n",
+        "lambda image, slots: rows[0][:, slots].transpose(0, 1)\n",
     ),
     Mutant(
         "merged weights not normalised",
@@ -197,8 +198,8 @@ MUTANTS = (
     Mutant(
         "tiles in the wrong place",
         "integrations/llava_next.py",
-        "n + rows * width + cols, source))",
-        "n + rows * (width - 1) + cols, source))",
+        "n + rows * width + cols, source, nearest))",
+        "n + rows * (width - 1) + cols, source, nearest))",
     ),
     Mutant(
         "newline tokens removed with content",
