@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune import ops
-from vtprune.errors import UnsupportedCallError
+from vtprune.errors import UnsupportedCallError, VTPruneError
 from vtprune.integrations.base import (
     Attended,
     AttentionTap,
@@ -476,15 +476,15 @@ class PackedGrid(VisionTower):
         return out
 
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
-        raise NotImplementedError(WHOLE)
+        raise VTPruneError(WHOLE)
 
     def reduce(
         self, encoding: Encoding, hidden: Tensor, rows: Sequence[Tensor], at_projector: bool
     ) -> Tensor:
-        raise NotImplementedError(WHOLE)
+        raise VTPruneError(WHOLE)
 
     def adapt(self, encoding: Encoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        raise NotImplementedError(WHOLE)
+        raise VTPruneError(WHOLE)
 
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
-        raise NotImplementedError(WHOLE)
+        raise VTPruneError(WHOLE)
