@@ -240,10 +240,24 @@ def run(mutant: Mutant, source: Path, workers: str) -> tuple[bool, str]:
     path = source / mutant.path
     whole = path.read_text()
     if whole.count(mutant.text) != 1:
-        return False, f"its text occurs {whole.count(mutant.text)} times in {mutant.path}; update tests/mutants.py"
+        return (
+            False,
+            f"its text occurs {whole.count(mutant.text)} times in {mutant.path}; update tests/mutants.py",
+        )
     path.write_text(whole.replace(mutant.text, mutant.fault))
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", workers, *TESTS]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            workers,
+            *TESTS,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=source, env=environment, capture_output=True, text=True, check=False
@@ -274,7 +288,9 @@ def main() -> int:
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+        )
         shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
         for mutant in chosen:
             start = time.monotonic()
