@@ -431,11 +431,14 @@ class Integration:
     merge_call: MergeCall | None = None
 
 
-def encoder_facts(name: str, depth: int, has_cls: bool, values: bool) -> ModelFacts:
+def encoder_facts(
+    name: str, depth: int, has_cls: bool, values: bool, proportional: bool = True
+) -> ModelFacts:
     """What methods may know of an encoder alone whose layers can all be read.
 
     Args:
         values: whether its values can be read, too.
+        proportional: whether its layers take a mask, by which tokens can be weighed by their size.
     """
     layers = frozenset(range(depth))
     missing = {} if values else dict.fromkeys(VALUE_SIGNALS, f"the values of {name} are not read")
@@ -449,5 +452,5 @@ def encoder_facts(name: str, depth: int, has_cls: bool, values: bool) -> ModelFa
         sites=frozenset({"vit", "encoder"}),
         signals=signals,
         missing=missing,
-        proportional=True,
+        proportional=proportional,
     )

@@ -96,7 +96,9 @@ def integrate(model: nn.Module) -> Integration:
         visible=visible,
         tables="position_embeddings" if hasattr(net, "rope_embeddings") else None,
     )
-    return Integration(facts=encoder_facts(name, len(layers), has_cls, values=True), towers=[tower])
+    return Integration(
+        facts=encoder_facts(name, len(layers), has_cls, values=True, proportional=takes_mask), towers=[tower]
+    )
 
 
 def _first(module: nn.Module, paths: Sequence[str], name: str) -> nn.Module:
