@@ -151,7 +151,6 @@ class DecoderEngine(Bound):
         self.local.run = None
         if frame is not None and frame.visual:
             frame.seen = True
-            self.journal.check()
             refuse_rerun(self.decoder.layers[self.first_hooked :])
         elif state is None:
             if frame is not None:
