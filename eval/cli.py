@@ -22,16 +22,20 @@ from vtprune.methods import files
 
 from . import search
 from .accuracy import Outcome
-from .evaluation import BATCH_SIZE, Evaluation, Observer, evaluate
+from .evaluation import BATCH_SIZE, Earlier, Evaluation, Observer, evaluate
+from .paired import Comparison, compare
+from .parallel import Source
 from .prompts import EvaluationError, Prompter, load_model
+from .record import predictions, take_up
 from .report_html import write_report
-from .results import PREDICTIONS, REPORT, RESULTS, JsonLines, Row, output_folder
+from .results import COMPARISONS, PREDICTIONS, REPORT, RESULTS, JsonLines, Row, output_folder
 from .settings import CONTROLS, DEFAULT_METHODS, EVERY, Setting, parse_method, plan_settings
 from .show import open_picture, show
-from .tables import accuracy_table, cost_table
+from .tables import accuracy_table, comparison_table, cost_table
 from .world import KINDS, SPLITS, Example, examples, reference_dir
 
 MAIN_SPLIT, SIDE_SPLIT = "test", "unseen_style"
+OWN = "vtprune"
 LIMIT = 90
 SIDE_SHARE = 3  # the side split asks a third of the questions
 
@@ -158,6 +162,24 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the results (default vtprune-eval/; if it is in use, vtprune-eval-2/ and so on)",
     )
     one.add_argument("--overwrite", action="store_true", help="replace earlier results in the output folder")
+    one.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted evaluation in the output folder; the rest of the command must be the same",
+    )
+    one.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="settings that are asked at the same time, in processes that share the threads (default 1); on small models "
+        "as many as there are cores; costs are always measured alone",
+    )
+    one.add_argument(
+        "--compare",
+        metavar="NAME",
+        help="method that is compared with every other one at the same budget, question by question (default: "
+        f"{OWN}, else the first --method)",
+    )
     one.set_defaults(run=_eval)
 
     two = commands.add_parser(
@@ -223,25 +245,7 @@ class _Terminal(Observer):
 
     def rows(self, rows: list[Row], examples: Sequence[Example], outcome: Outcome) -> None:
         self.results.add([row.to_dict() for row in rows])
-        row = rows[0]
-        self.predictions.add(
-            [
-                {
-                    "split": row.split,
-                    "method": row.method,
-                    "options": row.options,
-                    "keep": row.keep,
-                    "task": example.kind,
-                    "scene_seed": example.scene_seed,
-                    "question": example.question,
-                    "answer": example.answer,
-                    "prediction": outcome.texts[number],
-                    "correct": outcome.correct[number],
-                    "error": outcome.errors.get(number),
-                }
-                for number, example in enumerate(examples)
-            ]
-        )
+        self.predictions.add(predictions(rows[0], examples, outcome))
 
     def skip(self, setting: Setting, reason: str) -> None:
         keep = "" if setting.keep is None else f" keep={setting.keep}"
@@ -249,8 +253,10 @@ class _Terminal(Observer):
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    if arguments.limit < 1 or arguments.batch_size < 1:
-        raise EvaluationError("--limit and --batch-size must be at least 1.")
+    if arguments.limit < 1 or arguments.batch_size < 1 or arguments.jobs < 1:
+        raise EvaluationError("--limit, --batch-size and --jobs must be at least 1.")
+    if arguments.resume and arguments.overwrite:
+        raise EvaluationError("--resume keeps what --overwrite deletes; give one of them.")
     for method in arguments.method or ():
         if method != EVERY:
             parse_method(method)
@@ -262,7 +268,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     few = questions[:3]
     tokens = prompter.tokens(prompter.inputs([e.image for e in few], [e.question for e in few]))
     settings = plan_settings(arguments.method, arguments.keep, tokens)
-    folder = output_folder(arguments.output, arguments.overwrite)
+    earlier: dict[tuple[str, Setting], Earlier] = {}
+    if arguments.resume:
+        folder = arguments.output
+        by_split: dict[str, list[Example]] = {}
+        for one in questions:
+            by_split.setdefault(one.split, []).append(one)
+        earlier = take_up(folder, name, arguments.seed, settings, by_split)
+    else:
+        folder = output_folder(arguments.output, arguments.overwrite)
     counts = ", ".join(
         f"{sum(e.split == split for e in questions)} on {split}"
         for split in dict.fromkeys(e.split for e in questions)
@@ -277,6 +291,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     if busy:
         console.print(busy, style="yellow", markup=False, highlight=False)
     result = Evaluation(name, notes=[busy] if busy else [])
+    if earlier:
+        result.notes.append(f"resumed: {len(earlier)} settings, and their times, are of an earlier run")
     interrupted = False
     columns = (
         TextColumn("{task.description}"),
@@ -297,6 +313,11 @@ def _eval(arguments: argparse.Namespace) -> int:
                 batch_size=arguments.batch_size,
                 observer=_Terminal(progress, folder),
                 into=result,
+                jobs=arguments.jobs,
+                source=Source(
+                    arguments.model or str(reference_dir("llava")), arguments.device, arguments.dtype
+                ),
+                earlier=earlier,
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -304,6 +325,11 @@ def _eval(arguments: argparse.Namespace) -> int:
         for split in dict.fromkeys(row.split for row in result.rows):
             console.print(accuracy_table(result.rows, split))
         console.print(cost_table(result.rows))
+        compared = _compared(arguments, settings, result)
+        if compared:
+            console.print(comparison_table(compared))
+            (folder / COMPARISONS).unlink(missing_ok=True)
+            JsonLines(folder / COMPARISONS).add([one.to_dict() for one in compared])
         for note in result.notes:
             console.print(note, markup=False, highlight=False)
         for line in dict.fromkeys(f"not run: {s.label}: {reason}" for s, reason in result.skipped.items()):
@@ -316,6 +342,18 @@ def _eval(arguments: argparse.Namespace) -> int:
         highlight=False,
     )
     return 130 if interrupted else 0
+
+
+def _compared(
+    arguments: argparse.Namespace, settings: Sequence[Setting], result: Evaluation
+) -> list[Comparison]:
+    wanted = arguments.compare
+    if wanted is None:
+        done = {s.label for _, s in result.outcomes if s.method not in CONTROLS and s.keep is not None}
+        if not done:
+            return []
+        wanted = OWN if OWN in done else next(s.label for s in settings if s.label in done)
+    return compare(result, wanted)
 
 
 def _busy() -> str:

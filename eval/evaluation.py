@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 import vtprune
 from vtprune.errors import VTPruneError
 
-from .accuracy import Outcome, ask, make_batches
+from .accuracy import Batch, Outcome, ask, make_batches
+from .parallel import Source, answers
 from .prompts import EvaluationError, Prompter
 from .results import ALL, Row, command_line, device_name, mean_and_stderr, retained, versions
 from .settings import DENSE, Setting
@@ -66,6 +68,21 @@ class Evaluation:
         return sample_numbers(self.examples[split])
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What an interrupted run has left of one setting on one split.
+
+    Attributes:
+        rows: one per task.
+        cost: what they say of it.
+        outcome: the answers.
+    """
+
+    rows: list[Row]
+    cost: Cost
+    outcome: Outcome
+
+
 def sample_numbers(examples: Sequence[Example], per_kind: int = SAMPLES_PER_KIND) -> list[int]:
     """Numbers of the first `per_kind` examples of every kind."""
     seen: dict[str, int] = {}
@@ -89,6 +106,9 @@ def evaluate(
     rounds: int = ROUNDS,
     observer: Observer | None = None,
     into: Evaluation | None = None,
+    jobs: int = 1,
+    source: Source | None = None,
+    earlier: Mapping[tuple[str, Setting], Earlier] | None = None,
 ) -> Evaluation:
     """Evaluates settings on questions.
 
@@ -105,13 +125,20 @@ def evaluate(
         rounds: timings per setting.
         observer: told of progress and of every finished setting.
         into: filled and returned, so that a caller who interrupts the run has what is done.
+        jobs: settings asked at the same time, each in a process of its own; costs are always measured alone.
+        source: where these processes load the model from.
+        earlier: what an interrupted run has left; these settings are neither measured nor asked again, and the
+            observer is not told of their rows.
 
     Raises:
-        EvaluationError: no examples, or the dense model itself fails.
+        EvaluationError: no examples, several jobs without a source, or the dense model itself fails.
         UnsupportedModelError: vtprune does not know the model.
     """
     if not examples:
         raise EvaluationError("there are no questions to ask; raise the limit.")
+    if jobs > 1 and source is None:
+        raise EvaluationError(f"{jobs} jobs need to know where to load the model from; give a source.")
+    earlier = earlier or {}
     vtprune.patch(model, "keep-all").remove()  # an unsupported model is told so before any work
     observer = observer or Observer()
     result = into if into is not None else Evaluation(name)
@@ -120,12 +147,14 @@ def evaluate(
     for example in examples:
         result.examples.setdefault(example.split, []).append(example)
 
-    observer.start("costs", len(settings) * (1 + rounds))
+    known = {setting: one.cost for (_, setting), one in earlier.items()}
+    unknown = [setting for setting in settings if setting not in known]
+    observer.start("costs", len(unknown) * (1 + rounds))
     representative = prompter.inputs([examples[0].image], [examples[0].question])
     costs, skipped = measure(
-        model, representative, settings, rounds, lambda setting: observer.step(1, _name(setting))
+        model, representative, unknown, rounds, lambda setting: observer.step(1, _name(setting))
     )
-    result.costs.update(costs)
+    result.costs.update({**known, **costs})
     for setting, reason in skipped.items():
         _skip(result, observer, setting, reason)
 
@@ -135,42 +164,90 @@ def evaluate(
         "device": device_name(str(next(model.parameters()).device)),
         "command": command_line(),
     }
-    runs = sum(setting.runs for setting in settings if setting in costs)
-    observer.start("accuracy", len(examples) * runs)
-    for split, chosen in result.examples.items():
-        batches = make_batches(prompter, chosen, batch_size)
-        dense: dict[str, float] = {}
-        for setting in settings:
-            if setting in result.skipped:
-                continue
-            label = f"{_name(setting)} on {split}"
-            observer.step(0, label)
-            try:
-                outcome = ask(
-                    model,
-                    prompter,
-                    chosen,
-                    batches,
-                    setting,
-                    sample_numbers(chosen),
-                    lambda count, label=label: observer.step(count, label),  # type: ignore[misc]
-                )
-            except VTPruneError as error:
-                _skip(result, observer, setting, str(error))
-                observer.step(len(chosen) * setting.runs, label)
-                continue
-            result.outcomes[split, setting] = outcome
-            tasks = _by_task(chosen, outcome)
-            if setting.method == DENSE:
-                dense = {task: mean_and_stderr(values)[0] for task, values in tasks.items()}
+    runnable = [setting for setting in settings if setting in result.costs]
+    tasks = [(split, setting) for split in result.examples for setting in runnable]
+    missing = [task for task in tasks if task not in earlier]
+    observer.start("accuracy", sum(len(result.examples[split]) * setting.runs for split, setting in missing))
+    if jobs > 1:
+        assert source is not None
+        asked = _in_workers(result, missing, source, batch_size, jobs, observer)
+    else:
+        asked = _here(model, prompter, result, missing, batch_size, observer)
+    dense: dict[str, dict[str, float]] = {}
+    for split, setting in tasks:
+        chosen = result.examples[split]
+        before = earlier.get((split, setting))
+        outcome = before.outcome if before is not None else next(asked)
+        if isinstance(outcome, VTPruneError):
+            if setting not in result.skipped:
+                _skip(result, observer, setting, str(outcome))
+            continue
+        result.outcomes[split, setting] = outcome
+        scores = _by_task(chosen, outcome)
+        if setting.method == DENSE:
+            dense[split] = {task: mean_and_stderr(values)[0] for task, values in scores.items()}
+        if before is not None:
+            result.rows += before.rows
+        else:
+            cost = result.costs[setting]
             rows = [
-                _row(result.model, setting, costs[setting], task, values, dense[task], provenance, split)
-                for task, values in tasks.items()
+                _row(result.model, setting, cost, task, values, dense[split][task], provenance, split)
+                for task, values in scores.items()
             ]
             result.rows += rows
             observer.rows(rows, chosen, outcome)
-            result.notes += _check(split, setting, outcome, result)
+        result.notes += _check(split, setting, outcome, result)
     return result
+
+
+def _here(
+    model: nn.Module,
+    prompter: Prompter,
+    result: Evaluation,
+    tasks: Sequence[tuple[str, Setting]],
+    batch_size: int,
+    observer: Observer,
+) -> Iterator[Outcome | VTPruneError]:
+    batches: dict[str, list[Batch]] = {}
+    for split, setting in tasks:
+        chosen = result.examples[split]
+        label = f"{_name(setting)} on {split}"
+        observer.step(0, label)
+        if setting in result.skipped:
+            observer.step(len(chosen) * setting.runs, label)
+            yield VTPruneError(result.skipped[setting])
+            continue
+        if split not in batches:
+            batches = {split: make_batches(prompter, chosen, batch_size)}
+        try:
+            yield ask(
+                model,
+                prompter,
+                chosen,
+                batches[split],
+                setting,
+                sample_numbers(chosen),
+                lambda count, label=label: observer.step(count, label),  # type: ignore[misc]
+            )
+        except VTPruneError as error:
+            observer.step(len(chosen) * setting.runs, label)
+            yield error
+
+
+def _in_workers(
+    result: Evaluation,
+    tasks: Sequence[tuple[str, Setting]],
+    source: Source,
+    batch_size: int,
+    jobs: int,
+    observer: Observer,
+) -> Iterator[Outcome | VTPruneError]:
+    work = [(split, setting, sample_numbers(result.examples[split])) for split, setting in tasks]
+    threads = torch.get_num_threads()
+    outcomes = answers(source, result.examples, work, batch_size, jobs, threads)
+    for (split, setting), outcome in zip(tasks, outcomes, strict=True):
+        observer.step(len(result.examples[split]) * setting.runs, f"{_name(setting)} on {split}")
+        yield outcome
 
 
 def _name(setting: Setting) -> str:

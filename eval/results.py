@@ -21,7 +21,8 @@ import vtprune
 
 from .prompts import EvaluationError
 
-RESULTS, PREDICTIONS, REPORT = "results.jsonl", "predictions.jsonl", "report.html"
+RESULTS, PREDICTIONS, COMPARISONS = "results.jsonl", "predictions.jsonl", "comparisons.jsonl"
+REPORT = "report.html"
 ALL = "all"  # the task that stands for all question kinds together
 
 
@@ -164,7 +165,7 @@ def output_folder(wanted: Path, overwrite: bool) -> Path:
         raise EvaluationError(
             f"cannot create the output folder {folder}: {error.strerror}. Choose another --output."
         ) from error
-    for name in (RESULTS, PREDICTIONS, REPORT):
+    for name in (RESULTS, PREDICTIONS, COMPARISONS, REPORT):
         (folder / name).unlink(missing_ok=True)
     return folder
 

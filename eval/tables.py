@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from .paired import Comparison
 from .plots import label
 from .results import ALL, Row
 
@@ -57,6 +58,34 @@ def accuracy_table(rows: Sequence[Row], split: str) -> Table:
             *(_short(setting[task]) for task in tasks),
             percent(row.accuracy, row.stderr),
             percent(row.retained),
+        )
+    return table
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """One method against the others at the same budget, all kinds together, the best rival of a budget first."""
+    first = comparisons[0]
+    table = Table(
+        title=f"{first.method} minus the others on the same questions, in points (± standard error)"
+    )
+    for name in ("split", "keep", "other"):
+        table.add_column(name, no_wrap=True)
+    for name in ("difference", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for one in comparisons:
+        if one.task != ALL:
+            continue
+        if before not in (None, (one.split, one.keep)):
+            table.add_section()
+        before = (one.split, one.keep)
+        error = "" if one.result.stderr is None else f" ±{100 * one.result.stderr:.1f}"
+        table.add_row(
+            one.split,
+            str(one.keep),
+            one.other,
+            f"{100 * one.result.difference:+.1f}{error}",
+            f"{one.result.p:.2g}",
         )
     return table
 

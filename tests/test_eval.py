@@ -14,6 +14,8 @@ from vtprune.eval import accuracy, evaluation, overlay, results, settings, shrin
 from vtprune.eval.accuracy import ask, make_batches
 from vtprune.eval.cli import main
 from vtprune.eval.evaluation import Observer, evaluate
+from vtprune.eval.paired import compare
+from vtprune.eval.parallel import Source
 from vtprune.eval.prompts import EvaluationError, Prompter, load_model
 from vtprune.eval.settings import DENSE, Setting, parse_method, plan_settings
 
@@ -379,6 +381,106 @@ def test_interrupting_keeps_what_is_done(folder, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"dense"}
     assert (output / "report.html").exists()
+
+
+def test_workers_answer_as_one_process_does(folder, questions):
+    model, processor = load_model(str(folder), "cpu", "auto")
+    chosen = [Setting("stride", 4), Setting("random", 4, (), (0, 1))]
+    one = evaluate(model, processor, questions, chosen, rounds=1)
+    two = evaluate(
+        model, processor, questions, chosen, rounds=1, jobs=2, source=Source(str(folder), "cpu", "auto")
+    )
+    assert list(one.outcomes) == list(two.outcomes)
+    for key, outcome in one.outcomes.items():
+        assert outcome == two.outcomes[key]
+
+
+def test_workers_need_a_source(tiny, questions):
+    with pytest.raises(EvaluationError, match="source"):
+        evaluate(*tiny, questions, [], jobs=2)
+
+
+def test_an_interrupted_evaluation_is_taken_up(folder, tmp_path, monkeypatch, capsys):
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    common = [
+        "eval",
+        "--model",
+        folder,
+        "--limit",
+        1,
+        "--keep",
+        4,
+        "--method",
+        "vtc-cls",
+        "--method",
+        "stride",
+    ]
+    common += ["--split", "test"]
+    assert run(*common, "--output", whole) == 0
+    real = evaluation.ask
+
+    def ask(model, prompter, examples, batches, setting, *rest):
+        if setting.method == "stride":
+            raise KeyboardInterrupt
+        return real(model, prompter, examples, batches, setting, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "ask", ask)
+        assert run(*common, "--output", output) == 130
+    with (output / "predictions.jsonl").open("a") as file:
+        file.write('{"split": "te')  # cut off in the middle of a line
+    asked = []
+
+    def count(model, prompter, examples, batches, setting, *rest):
+        asked.append(setting.method)
+        return real(model, prompter, examples, batches, setting, *rest)
+
+    monkeypatch.setattr(evaluation, "ask", count)
+    assert run(*common, "--output", output, "--resume") == 0
+    assert set(asked) == {"stride"}
+    assert "resumed" in capsys.readouterr().out
+    assert (output / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    accuracies = [
+        [row["accuracy"] for row in map(json.loads, (path / "results.jsonl").read_text().splitlines())]
+        for path in (output, whole)
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_other_questions_or_models_are_not_taken_up(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    common = [
+        "eval",
+        "--model",
+        folder,
+        "--keep",
+        4,
+        "--method",
+        "stride",
+        "--split",
+        "test",
+        "--output",
+        output,
+    ]
+    assert run(*common, "--limit", 1, "--resume") == 2
+    assert "leave --resume out" in capsys.readouterr().err
+    assert run(*common, "--limit", 2) == 0
+    before = (output / "results.jsonl").read_text()
+    assert run(*common, "--limit", 1, "--resume") == 2
+    assert run(*common, "--limit", 2, "--seed", 1, "--resume") == 2
+    assert "start a new one" in capsys.readouterr().err
+    assert (output / "results.jsonl").read_text() == before
+
+
+def test_comparison_by_hand(tiny, questions):
+    result = evaluate(*tiny, questions, [Setting("stride", 4), Setting("vtc-cls", 4)], rounds=1)
+    split = questions[0].split
+    a, b = (result.outcomes[split, Setting(m, 4)].correct for m in ("stride", "vtc-cls"))
+    (whole,) = [c for c in compare(result, "stride") if c.task == "all"]
+    assert (whole.other, whole.keep) == ("vtc-cls", 4)
+    assert whole.result.difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    with pytest.raises(EvaluationError, match="stride"):
+        compare(result, "strid")
 
 
 def test_show_draws_a_png(folder, tmp_path, questions, capsys):
