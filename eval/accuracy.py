@@ -11,6 +11,7 @@ from torch import nn
 from vtprune.errors import VTPruneError
 from vtprune.patch import Patch
 
+from .memo import remembered
 from .prompts import Prompter, generate
 from .settings import DOWNSAMPLE, NO_IMAGE, Setting
 from .shrink import Inputs, shrink
@@ -101,50 +102,77 @@ def ask(
     prompter: Prompter,
     examples: Sequence[Example],
     batches: Sequence[Batch],
-    setting: Setting,
+    settings: Sequence[Setting],
     watch: Collection[int] = (),
-    on_answers: Callable[[int], None] = lambda count: None,
-) -> Outcome:
-    """Answers to all examples under one setting.
+    on_answers: Callable[[Setting, int], None] = lambda setting, count: None,
+) -> list[Outcome | VTPruneError]:
+    """Answers to all examples under several settings.
 
-    If a batch fails, its questions are asked one by one, so that one bad question costs one answer.
+    The settings take turns on every batch, so that they can share the encoder's work (:mod:`.memo`). If a batch fails, its
+    questions are asked one by one, so that one bad question costs one answer.
 
     Args:
         model: an unpatched model.
         prompter: made for it.
         examples: the questions.
         batches: the same questions from :func:`make_batches`.
-        setting: how to run the model.
+        settings: how to run the model.
         watch: numbers of the examples whose kept tokens are wanted.
-        on_answers: told how many questions have just been answered.
+        on_answers: told how many questions have just been answered under which setting.
 
-    Raises:
-        VTPruneError: the model cannot be run this way, or no question of the first batch could be answered.
+    Returns:
+        One outcome per setting; an error where the model cannot be run this way, or no question of the first batch could be
+        answered.
     """
-    outcome = Outcome([0.0] * len(examples), [""] * len(examples))
-    if setting.method == NO_IMAGE:
-        size = max(len(batch.numbers) for batch in batches)
-        batches = make_batches(prompter, examples, size, blank=True)
-    for run in range(setting.runs):
-        with setting.applied(model, run) as patch:
-            for batch in batches:
-                inputs = adapt(model, setting, batch.inputs)
+    outcomes = [Outcome([0.0] * len(examples), [""] * len(examples)) for _ in settings]
+    failed: dict[int, VTPruneError] = {}
+    with remembered(model) as forget:
+        for batch in batches:
+            for i, setting in enumerate(settings):
+                if i in failed:
+                    continue
                 try:
-                    texts = prompter.texts(inputs, generate(model, inputs, NEW_TOKENS))
-                except Exception as error:
-                    texts = _one_by_one(model, prompter, examples, batch, setting, outcome)
-                    if set(outcome.errors) >= set(batch.numbers) and batch is batches[0]:
-                        raise VTPruneError(f"no question could be answered: {_reason(error)}") from error
-                else:
-                    if patch is not None and run == 0:
-                        _note_kept(outcome, batch, patch, watch)
-                for number, text in zip(batch.numbers, texts, strict=True):
-                    right = number not in outcome.errors and score(text, examples[number].answer)
-                    outcome.correct[number] += right / setting.runs
-                    if run == 0:
-                        outcome.texts[number] = text
-                on_answers(len(batch.numbers))
-    return outcome
+                    for run in range(setting.runs):
+                        _ask_batch(model, prompter, examples, batch, setting, run, outcomes[i], watch)
+                        on_answers(setting, len(batch.numbers))
+                    if batch is batches[0] and set(outcomes[i].errors) >= set(batch.numbers):
+                        reason = next(iter(outcomes[i].errors.values()))
+                        raise VTPruneError(f"no question could be answered: {reason}")
+                except VTPruneError as error:
+                    failed[i] = error
+            forget()
+    return [failed.get(i, outcome) for i, outcome in enumerate(outcomes)]
+
+
+def _ask_batch(
+    model: nn.Module,
+    prompter: Prompter,
+    examples: Sequence[Example],
+    batch: Batch,
+    setting: Setting,
+    run: int,
+    outcome: Outcome,
+    watch: Collection[int],
+) -> None:
+    """Asks one batch under one setting, and adds the answers to the outcome."""
+    inputs = batch.inputs
+    if setting.method == NO_IMAGE:
+        rows = [examples[number] for number in batch.numbers]
+        inputs = prompter.inputs([e.image for e in rows], [e.question for e in rows], blank=True)
+    with setting.applied(model, run) as patch:
+        inputs = adapt(model, setting, inputs)
+        try:
+            texts = prompter.texts(inputs, generate(model, inputs, NEW_TOKENS))
+        except Exception:  # noqa: BLE001 - asked again, one by one
+            texts = _one_by_one(model, prompter, examples, batch, setting, outcome)
+        else:
+            if patch is not None and run == 0:
+                _note_kept(outcome, batch, patch, watch)
+    for number, text in zip(batch.numbers, texts, strict=True):
+        right = number not in outcome.errors and score(text, examples[number].answer)
+        outcome.correct[number] += right / setting.runs
+        if run == 0:
+            outcome.texts[number] = text
 
 
 def _one_by_one(

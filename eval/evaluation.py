@@ -23,6 +23,7 @@ from .world import Example
 
 SAMPLES_PER_KIND = 2
 BATCH_SIZE = 60
+TOGETHER = 9  # runs of the model that share a picture's encoding; an interruption loses at most these
 
 
 class Observer:
@@ -200,6 +201,17 @@ def evaluate(
     return result
 
 
+def _chunks(tasks: Sequence[tuple[str, Setting]], size: int) -> list[tuple[str, list[Setting]]]:
+    """Tasks of the same split, at most `size` runs of the model on each question together, in their order."""
+    out: list[tuple[str, list[Setting]]] = []
+    for split, setting in tasks:
+        if out and out[-1][0] == split and sum(s.runs for s in out[-1][1]) + setting.runs <= size:
+            out[-1][1].append(setting)
+        else:
+            out.append((split, [setting]))
+    return out
+
+
 def _here(
     model: nn.Module,
     prompter: Prompter,
@@ -209,29 +221,23 @@ def _here(
     observer: Observer,
 ) -> Iterator[Outcome | VTPruneError]:
     batches: dict[str, list[Batch]] = {}
-    for split, setting in tasks:
+    for split, settings in _chunks(tasks, TOGETHER):
         chosen = result.examples[split]
-        label = f"{_name(setting)} on {split}"
-        observer.step(0, label)
-        if setting in result.skipped:
-            observer.step(len(chosen) * setting.runs, label)
-            yield VTPruneError(result.skipped[setting])
-            continue
         if split not in batches:
             batches = {split: make_batches(prompter, chosen, batch_size)}
-        try:
-            yield ask(
-                model,
-                prompter,
-                chosen,
-                batches[split],
-                setting,
-                sample_numbers(chosen),
-                lambda count, label=label: observer.step(count, label),  # type: ignore[misc]
-            )
-        except VTPruneError as error:
-            observer.step(len(chosen) * setting.runs, label)
-            yield error
+        left = {setting: len(chosen) * setting.runs for setting in settings}
+
+        def answered(
+            setting: Setting, count: int, left: dict[Setting, int] = left, split: str = split
+        ) -> None:
+            left[setting] -= count
+            observer.step(count, f"{_name(setting)} on {split}")
+
+        yield from ask(model, prompter, chosen, batches[split], settings, sample_numbers(chosen), answered)
+        for setting, count in left.items():
+            observer.step(
+                count, f"{_name(setting)} on {split}"
+            )  # questions that a failed setting did not reach
 
 
 def _in_workers(
@@ -242,12 +248,13 @@ def _in_workers(
     jobs: int,
     observer: Observer,
 ) -> Iterator[Outcome | VTPruneError]:
-    work = [(split, setting, sample_numbers(result.examples[split])) for split, setting in tasks]
-    threads = torch.get_num_threads()
-    outcomes = answers(source, result.examples, work, batch_size, jobs, threads)
-    for (split, setting), outcome in zip(tasks, outcomes, strict=True):
-        observer.step(len(result.examples[split]) * setting.runs, f"{_name(setting)} on {split}")
-        yield outcome
+    chunks = _chunks(tasks, TOGETHER)
+    work = [(split, settings, sample_numbers(result.examples[split])) for split, settings in chunks]
+    outcomes = answers(source, result.examples, work, batch_size, jobs, torch.get_num_threads())
+    for (split, settings), some in zip(chunks, outcomes, strict=True):
+        for setting in settings:
+            observer.step(len(result.examples[split]) * setting.runs, f"{_name(setting)} on {split}")
+        yield from some
 
 
 def _name(setting: Setting) -> str:

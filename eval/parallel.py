@@ -55,31 +55,30 @@ def _start(source: Source, examples: Mapping[str, Sequence[Example]], batch_size
     _worker = _Worker(model, Prompter(model, processor), examples, batch_size, {})
 
 
-def _answer(split: str, setting: Setting, watch: Sequence[int]) -> Outcome | VTPruneError:
+def _answer(split: str, settings: Sequence[Setting], watch: Sequence[int]) -> list[Outcome | VTPruneError]:
     assert _worker is not None
     chosen = _worker.examples[split]
     if split not in _worker.batches:
         _worker.batches[split] = make_batches(_worker.prompter, chosen, _worker.batch_size)
-    try:
-        return ask(_worker.model, _worker.prompter, chosen, _worker.batches[split], setting, watch)
-    except VTPruneError as error:
-        return VTPruneError(str(error))  # errors with arguments of their own do not travel
+    outcomes = ask(_worker.model, _worker.prompter, chosen, _worker.batches[split], settings, watch)
+    # Errors with arguments of their own do not travel.
+    return [VTPruneError(str(one)) if isinstance(one, VTPruneError) else one for one in outcomes]
 
 
 def answers(
     source: Source,
     examples: Mapping[str, Sequence[Example]],
-    tasks: Sequence[tuple[str, Setting, Sequence[int]]],
+    tasks: Sequence[tuple[str, Sequence[Setting], Sequence[int]]],
     batch_size: int,
     jobs: int,
     threads: int,
-) -> Iterator[Outcome | VTPruneError]:
-    """What :func:`~vtprune.eval.accuracy.ask` returns or raises for every task, in their order.
+) -> Iterator[list[Outcome | VTPruneError]]:
+    """What :func:`~vtprune.eval.accuracy.ask` returns for every task, in their order.
 
     Args:
         source: the model.
         examples: questions per split.
-        tasks: split, setting, and the examples to watch.
+        tasks: split, settings, and the examples to watch.
         batch_size: questions per call.
         jobs: worker processes.
         threads: CPU threads of all together, shared evenly.
@@ -94,7 +93,7 @@ def answers(
         initargs=(source, examples, batch_size, max(1, threads // jobs)),
     )
     try:
-        futures: list[Future[Outcome | VTPruneError]] = [pool.submit(_answer, *task) for task in tasks]
+        futures: list[Future[list[Outcome | VTPruneError]]] = [pool.submit(_answer, *task) for task in tasks]
         for future in futures:
             yield future.result()
     except BrokenProcessPool as error:

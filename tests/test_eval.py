@@ -215,7 +215,9 @@ def test_answers_do_not_depend_on_the_batch(tiny, questions):
     model, processor = tiny
     prompter = Prompter(model, processor)
     texts = [
-        ask(model, prompter, questions, make_batches(prompter, questions, size), Setting("stride", 9)).texts
+        ask(model, prompter, questions, make_batches(prompter, questions, size), [Setting("stride", 9)])[
+            0
+        ].texts
         for size in (1, 12)
     ]
     assert texts[0] == texts[1]
@@ -271,7 +273,7 @@ def test_one_bad_question_costs_one_answer(tiny, questions, monkeypatch):
         return real(model, inputs, *rest)
 
     monkeypatch.setattr(accuracy, "generate", generate)
-    outcome = ask(model, prompter, asked, make_batches(prompter, asked, 4), Setting("stride", 9))
+    (outcome,) = ask(model, prompter, asked, make_batches(prompter, asked, 4), [Setting("stride", 9)])
     assert outcome.errors == {3: "RuntimeError: cannot see red"}
     assert outcome.correct[3] == 0
 
@@ -370,17 +372,50 @@ def test_eval_never_overwrites_unless_told_to(tmp_path):
 def test_interrupting_keeps_what_is_done(folder, tmp_path, monkeypatch):
     real = evaluation.ask
 
-    def ask(model, prompter, examples, batches, setting, *rest):
-        if setting.method == "stride":
+    def ask(model, prompter, examples, batches, settings, *rest):
+        if settings[0].method == "stride":
             raise KeyboardInterrupt
-        return real(model, prompter, examples, batches, setting, *rest)
+        return real(model, prompter, examples, batches, settings, *rest)
 
     monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(evaluation, "TOGETHER", 1)
     output = tmp_path / "out"
     assert run("eval", "--model", folder, "--limit", 1, "--method", "stride", "--output", output) == 130
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"dense"}
     assert (output / "report.html").exists()
+
+
+def test_remembering_changes_nothing_but_the_work(tiny, questions):
+    model, processor = tiny
+    prompter = Prompter(model, processor)
+    batches = make_batches(prompter, questions, 5)
+    together = [
+        Setting(DENSE), Setting("no-image"), Setting("tome", 9), Setting("vtc-cls", 9), Setting("downsample", 9),
+        Setting("random", 9, (), (0, 1)),
+    ]  # fmt: skip
+    calls = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    alone = [accuracy.ask(model, prompter, questions, batches, [setting])[0] for setting in together]
+    layer = next(m for m in model.model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
+    worked, real = [], torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        if weight is layer.weight:
+            worked.append(1)
+        return real(x, weight, bias)
+
+    torch.nn.functional.linear = linear
+    try:
+        shared = accuracy.ask(model, prompter, questions, batches, together)
+    finally:
+        torch.nn.functional.linear = real
+        handle.remove()
+    assert shared == alone
+    # dense, no-image and downsample have pixels of their own; the other four runs see what dense saw.
+    assert len(worked) == 3 * len(batches)
+    assert len(calls) == 2 * 7 * len(batches)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_workers_answer_as_one_process_does(folder, questions):
@@ -419,21 +454,22 @@ def test_an_interrupted_evaluation_is_taken_up(folder, tmp_path, monkeypatch, ca
     assert run(*common, "--output", whole) == 0
     real = evaluation.ask
 
-    def ask(model, prompter, examples, batches, setting, *rest):
-        if setting.method == "stride":
+    def ask(model, prompter, examples, batches, settings, *rest):
+        if settings[0].method == "stride":
             raise KeyboardInterrupt
-        return real(model, prompter, examples, batches, setting, *rest)
+        return real(model, prompter, examples, batches, settings, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "ask", ask)
+        patched.setattr(evaluation, "TOGETHER", 1)
         assert run(*common, "--output", output) == 130
     with (output / "predictions.jsonl").open("a") as file:
         file.write('{"split": "te')  # cut off in the middle of a line
     asked = []
 
-    def count(model, prompter, examples, batches, setting, *rest):
-        asked.append(setting.method)
-        return real(model, prompter, examples, batches, setting, *rest)
+    def count(model, prompter, examples, batches, settings, *rest):
+        asked.extend(setting.method for setting in settings)
+        return real(model, prompter, examples, batches, settings, *rest)
 
     monkeypatch.setattr(evaluation, "ask", count)
     assert run(*common, "--output", output, "--resume") == 0
