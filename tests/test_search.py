@@ -430,7 +430,6 @@ def test_declared_spaces_are_searched_unless_fixed(monkeypatch):
     [
         (["--range", "contextual=0:1", "--choice", "contextual=0.1,0.2"], "two ranges or choices"),
         (["--range", "contextual=1"], "is no range"),
-        ([], "nothing to search"),
         (["--range", "contextual=0:1", "--method", "no-image"], "no options to search"),
     ],
 )
@@ -438,6 +437,11 @@ def test_command_refuses(more, reason, tmp_path, capsys):
     assert call("no-such-model", tmp_path / "found.json", *more) == 2
     assert reason in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_refuses_when_all_options_are_fixed(tmp_path, capsys):
+    assert call("no-such-model", tmp_path / "found.json", method="visionzip:contextual=0.1") == 2
+    assert "nothing to search" in capsys.readouterr().err
 
 
 def test_command_keeps_other_files(tmp_path, capsys):

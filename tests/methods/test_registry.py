@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import io
 import tokenize
@@ -12,6 +13,7 @@ import pytest
 
 import vtprune
 from vtprune.methods import method_class
+from vtprune.space import fitted
 
 CONTROLS = ("keep-all", "random", "stride")
 LONGEST = 80
@@ -61,3 +63,12 @@ def test_files_are_short_and_say_where_they_come_from(key: str) -> None:
     name = "own" if key == "vtprune" else path.stem
     tests = "controls" if key in CONTROLS else name
     assert (HERE / f"test_{tests}.py").exists()
+
+
+@pytest.mark.parametrize("key", vtprune.list_methods())
+def test_declared_ranges_are_ranges_of_options(key: str) -> None:
+    cls = method_class(key)
+    for option, space in cls.search_space.items():
+        assert fitted(cls, option, space) == space
+        default = next(f.default for f in dataclasses.fields(cls) if f.name == option)
+        assert default is None or default in space

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
 from vtprune.selection import Selection, check_finite, merged
+from vtprune.space import Range, Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class VTPrune(Method):
     """
 
     key: ClassVar[str] = "vtprune"
+    search_space: ClassVar[Mapping[str, Space]] = {"theta": Range(0.0, 2.0), "beta": Range(0.0, 1.0)}
 
     theta: float = 0.5
     beta: float = 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
 from vtprune.ops import gather_tokens
 from vtprune.selection import Selection, merged, topk
+from vtprune.space import Range, Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class VisionZip(Method):
     key: ClassVar[str] = "visionzip"
     authors_positions = "dense"
     substitutes = ({"scorer": "received"},)
+    search_space: ClassVar[Mapping[str, Space]] = {"contextual": Range(0.0, 0.6)}
 
     contextual: float = 10 / 64
     scorer: Literal["cls", "received"] = "cls"

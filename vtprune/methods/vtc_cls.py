@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
 from vtprune.selection import Selection
+from vtprune.space import Range, Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class VTCCls(Method):
     key: ClassVar[str] = "vtc-cls"
     authors_positions = "dense"
     substitutes = ({"scorer": "received"},)
+    search_space: ClassVar[Mapping[str, Space]] = {"first_layer": Range(0.0, 0.95)}
 
     first_layer: int | float = 0.5
     scorer: Literal["cls", "received"] = "cls"
