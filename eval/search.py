@@ -403,6 +403,11 @@ def check_spaces(methods: Sequence[Method], spaces: Mapping[str, Space]) -> dict
     """
     if not methods:
         raise InvalidOptionError("a search needs at least one method.")
+    idle = [m.key for m in methods if m.training_only]
+    if idle:
+        raise InvalidOptionError(
+            f"{' and '.join(idle)} acts in training only, so no option of it changes what a search measures."
+        )
     checked = {}
     for name, space in sorted(spaces.items()):
         number, option = _split_name(methods, name)

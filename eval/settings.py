@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 import vtprune
-from vtprune.errors import InvalidOptionError, UnknownMethodError, did_you_mean
+from vtprune import methods
+from vtprune.errors import InvalidOptionError, UnknownMethodError, UnsupportedMethodError, did_you_mean
 from vtprune.method import check_keep, resolve_keep
 from vtprune.methods import files
 from vtprune.patch import Patch
@@ -88,6 +89,10 @@ class Setting:
         elif files.names_file(self.method):
             with vtprune.patch(model, self.method) as patch:
                 yield patch
+        elif self.method in methods.REGISTRY and methods.REGISTRY[self.method].training_only:
+            raise UnsupportedMethodError(
+                f"{self.method!r} acts in training only: in evaluation the model is dense and costs what it costs unpatched"
+            )
         else:
             options = dict(self.options)
             if self.draws:
@@ -162,7 +167,7 @@ def _settings_of(name: str, options: Mapping[str, Any], budgets: Sequence[int | 
     given = tuple(options.items())
     if files.names_file(name):
         return [Setting(name, files.load(name).keep)]
-    if name in WITHOUT_BUDGET:
+    if name in WITHOUT_BUDGET or (name in methods.REGISTRY and methods.REGISTRY[name].training_only):
         return [Setting(name, None, given)]
     if "keep" in options:
         rest = tuple((k, v) for k, v in given if k != "keep")

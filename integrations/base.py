@@ -165,6 +165,11 @@ class Encoding:
         """Surviving tokens per image."""
         return [len(a) for a in self.alive]
 
+    def pictures(self) -> Sequence[Tensor]:
+        """The pixels of every image as the encoder was given them, while it is being opened."""
+        assert self._pixels is not None
+        return self._pixels()
+
     def seeds(self) -> list[int]:
         """A checksum of every image's pixels (copies them to the host once)."""
         if self._pixels is not None:
@@ -321,6 +326,10 @@ class VisionTower(ABC):
         """Computes a signal from what was read at a layer, per image: token-first, but for signals in `WHOLE_IMAGE`."""
 
     @abstractmethod
+    def pixels(self, encoding: Encoding) -> list[Tensor]:
+        """[N, C, P] per image: the pixels of every token, for an encoding that was just opened."""
+
+    @abstractmethod
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
         """Features [K_i, D] of the alive tokens of every image."""
 
@@ -348,6 +357,7 @@ class Decoder:
         layers: decoder layers.
         attention: layer index -> its attention module.
         projections: attention module -> (module that outputs q, module that outputs k), unrotated [B, L, *].
+        output: attention module -> module that mixes the concatenated heads [B, L, H d].
         rotate: (attention module, x [B, H, R, d], cos, sin at these rows) -> rotated x.
         causal_mask: (hidden [B, M, D], valid [B, L] or None, cache, layer) -> mask a full-attention layer expects.
         rotary: (hidden, position_ids, kind of layer) -> position embeddings.
@@ -365,6 +375,7 @@ class Decoder:
     layers: Sequence[nn.Module]
     attention: Callable[[int], nn.Module]
     projections: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
+    output: Callable[[nn.Module], nn.Module]
     rotate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     causal_mask: Callable[[Tensor, Tensor | None, Any, int], Any]
     rotary: Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
@@ -432,18 +443,21 @@ class Integration:
 
 
 def encoder_facts(
-    name: str, depth: int, has_cls: bool, values: bool, proportional: bool = True
+    name: str, depth: int, has_cls: bool, values: bool, proportional: bool = True, pixels: bool = True
 ) -> ModelFacts:
     """What methods may know of an encoder alone whose layers can all be read.
 
     Args:
         values: whether its values can be read, too.
         proportional: whether its layers take a mask, by which tokens can be weighed by their size.
+        pixels: whether its patches are a plain grid of pixels.
     """
     layers = frozenset(range(depth))
     missing = {} if values else dict.fromkeys(VALUE_SIGNALS, f"the values of {name} are not read")
     if not has_cls:
         missing |= dict.fromkeys(CLS_SIGNALS, f"this {name} has no class token")
+    if not pixels:
+        missing["patch_pixels"] = f"the patch embedding of this {name} is no plain cut into patches"
     signals = {kind: layers for kind in ENCODER_SIGNALS if kind not in missing}
     return ModelFacts(
         name=name,

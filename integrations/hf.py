@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from vtprune.errors import UnsupportedModelError
 from vtprune.integrations.base import AttentionTap, Decoder, Integration, VisionTower
 from vtprune.integrations.towers import BatchedViT
-from vtprune.method import CLS_SIGNALS, DECODER_SIGNALS, ENCODER_SIGNALS, SITE_KINDS, ModelFacts
+from vtprune.method import CLS_SIGNALS, DECODER_SIGNALS, ENCODER_SIGNALS, HEAD_SIGNALS, SITE_KINDS, ModelFacts
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -99,6 +101,7 @@ def decoder_of(
         layers=layers,
         attention=lambda i: layers[i].get_submodule("self_attn"),
         projections=projections,
+        output=lambda attn: attn.get_submodule("o_proj"),
         rotate=rotate,
         causal_mask=causal_mask,
         rotary=rotary,
@@ -162,6 +165,7 @@ def clip_like_tower(
         "prefix": int(has_cls),
         "projector_prefix": 0,
         "grid": lambda h, w: (h // patch, w // patch),
+        "patch": (patch, patch),
         "tap": lambda i: self_attention_tap(layers[i].get_submodule("self_attn"), head_dim),
         "additive_mask": lambda: config._attn_implementation == "eager",
         "accepts_ragged": padding_reason(config),
@@ -246,7 +250,7 @@ def assemble(
     layers = frozenset(range(len(tower.layers)))
     text_layers = frozenset(range(len(decoder.layers)))
     signals: dict[str, frozenset[int]] = dict.fromkeys(ENCODER_SIGNALS, layers)
-    signals |= dict.fromkeys(DECODER_SIGNALS, text_layers)
+    signals |= dict.fromkeys((*DECODER_SIGNALS, *HEAD_SIGNALS), text_layers)
     placeholders = {"image": model.config.image_token_id if image_token is None else image_token}
     if video:
         placeholders["video"] = model.config.video_token_id
@@ -260,6 +264,8 @@ def assemble(
             missing=missing,
             mrope=decoder.mrope,
             proportional="vit" in sites and isinstance(tower, BatchedViT),
+            folder=checkpoint_folder(model),
+            fingerprint=lambda: fingerprint(base),
         ),
         towers=towers,
         decoder=decoder,
@@ -267,6 +273,24 @@ def assemble(
         placeholders=placeholders,
         feature_calls=calls or {},
     )
+
+
+def checkpoint_folder(model: Any) -> str | None:
+    """The local folder that a model was loaded from, or None."""
+    path = getattr(model, "name_or_path", None) or getattr(model.config, "_name_or_path", None)
+    return path if path and os.path.isdir(path) else None
+
+
+def fingerprint(base: nn.Module) -> str:
+    """Eight hexadecimal digits from names, shapes and the first signs of all parameters.
+
+    Signs survive a change of precision.
+    """
+    digest = 0
+    for name, parameter in base.named_parameters():
+        signs = (parameter.detach().flatten()[:32] < 0).tolist()
+        digest = zlib.crc32(f"{name} {tuple(parameter.shape)} {signs}".encode(), digest)
+    return f"{digest:08x}"
 
 
 def require_submodules(model: nn.Module, names: Sequence[str], integration: str) -> None:

@@ -42,10 +42,8 @@ def integrate(model: nn.Module) -> Integration:
     takes_mask = "attention_mask" in inspect.signature(type(layers[0]).forward).parameters
     mask_reason = padding_reason(config)
 
-    def grid(height: int, width: int) -> tuple[int, int]:
-        size = config.patch_size
-        rows, cols = (size, size) if isinstance(size, int) else size
-        return height // rows, width // cols
+    size: Any = config.patch_size
+    rows, cols = (size, size) if isinstance(size, int) else size
 
     def tap(layer: int) -> AttentionTap:
         attn: Any = attentions[layer]
@@ -88,7 +86,8 @@ def integrate(model: nn.Module) -> Integration:
         has_cls=has_cls,
         prefix=prefix,
         projector_prefix=prefix,
-        grid=grid,
+        grid=lambda height, width: (height // rows, width // cols),
+        patch=(rows, cols),
         tap=tap,
         additive_mask=lambda: config._attn_implementation == "eager",
         accepts_ragged=accepts_ragged,

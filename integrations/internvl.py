@@ -54,6 +54,7 @@ def integrate(model: nn.Module) -> Integration:
         prefix=1,
         projector_prefix=0,
         grid=lambda h, w: (h // rows, w // cols),
+        patch=(rows, cols),
         tap=tap,
         additive_mask=lambda: vision._attn_implementation == "eager",
         accepts_ragged=padding_reason(vision),

@@ -196,5 +196,16 @@ def llava_onevision(model: Any) -> Integration:
 
     tower = llava_tower(model, base, "vision_tower", "multi_modal_projector", tokens=tokens, pack=pack)
     decoder = decoder_of(base.get_submodule("language_model"), type(model).__name__)
-    sites = ("projector", "decoder")
-    return assemble(model, base, [tower], decoder, sites=sites, video=True, calls=CALLS)
+    missing = {
+        "patch_pixels": f"{type(model).__name__} resizes features, so that its tokens show no pixels of their own"
+    }
+    return assemble(
+        model,
+        base,
+        [tower],
+        decoder,
+        sites=("projector", "decoder"),
+        video=True,
+        calls=CALLS,
+        missing=missing,
+    )

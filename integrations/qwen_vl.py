@@ -24,6 +24,7 @@ def integrate(model: nn.Module) -> Integration:
     visual = base.get_submodule("visual")
     vision: Any = visual.config
     blocks = list(visual.get_submodule("blocks").children())
+    patch_embed: Any = visual.get_submodule("patch_embed")
 
     def order(grid_thw: Tensor) -> Tensor:
         if not hasattr(vision, "window_size"):
@@ -58,6 +59,7 @@ def integrate(model: nn.Module) -> Integration:
         layers=blocks,
         projector=visual.get_submodule("merger"),
         unit=vision.spatial_merge_size**2,
+        channels=patch_embed.in_channels,
         order=order,
         tap=tap,
         side_outputs=[] if deepstack is None else list(deepstack),

@@ -38,6 +38,7 @@ def integrate(model: nn.Module) -> Integration:
                 f"blocks with an `attn` of class {', '.join(ATTENTIONS)}."
             )
     has_cls = net.cls_token is not None
+    plain = any(c.__name__ == "PatchEmbed" for c in type(net.patch_embed).__mro__)
 
     def grid(height: int, width: int) -> tuple[int, int]:
         dropout = net.patch_drop
@@ -91,6 +92,7 @@ def integrate(model: nn.Module) -> Integration:
         prefix=net.num_prefix_tokens,
         projector_prefix=net.num_prefix_tokens,
         grid=grid,
+        patch=net.patch_embed.patch_size if plain else None,
         tap=tap,
         # Without fused attention, older versions add a bool mask to the logits as if it were numbers.
         additive_mask=lambda: not all(getattr(attn, "fused_attn", False) for attn in attentions),
@@ -102,4 +104,5 @@ def integrate(model: nn.Module) -> Integration:
             "forward_intermediates": "intermediate features are reshaped into a full grid, which pruned tokens are not; use forward_features()"
         },
     )
-    return Integration(facts=encoder_facts(name, len(blocks), has_cls, values=False), towers=[tower])
+    facts = encoder_facts(name, len(blocks), has_cls, values=False, pixels=plain)
+    return Integration(facts=facts, towers=[tower])

@@ -48,6 +48,13 @@ def resample(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     return planes.flatten(2).transpose(1, 2).reshape(len(x), new[0] * new[1], *x.shape[2:]).to(x.dtype)
 
 
+def cut(images: Tensor, rows: int, cols: int) -> Tensor:
+    """Images [I, C, H, W] as rows x cols equal rectangles in raster order, [I, rows cols, C, P]."""
+    parts = images.unflatten(3, (cols, -1)).unflatten(2, (rows, -1))  # [I, C, rows, h, cols, w]
+    tokens: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+    return tokens
+
+
 def block_map(maps: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Attention maps [I, P + N, P + N] between coarser tokens: means over the queries, sums over the keys of a token."""
     ratio = (old[0] * old[1]) / (new[0] * new[1])
@@ -109,6 +116,7 @@ class BatchedViT(VisionTower):
         prefix: class and register tokens in front, never pruned.
         projector_prefix: how many of them the projector sees.
         grid: (height, width) of the pixels -> (rows, cols) of tokens.
+        patch: (height, width) of a patch in pixels; None where patches are no plain cut, so that `pixels` is not offered.
         tap: layer index -> AttentionTap.
         additive_mask: whether layers want a float mask (eager attention) rather than a bool mask.
         mask_argument: "positional" if the mask is the layer's second argument, else its keyword.
@@ -133,6 +141,7 @@ class BatchedViT(VisionTower):
         prefix: int,
         projector_prefix: int,
         grid: Callable[[int, int], tuple[int, int]],
+        patch: tuple[int, int] | None,
         tap: Callable[[int], AttentionTap],
         additive_mask: Callable[[], bool],
         mask_argument: str = "positional",
@@ -149,7 +158,7 @@ class BatchedViT(VisionTower):
         self.entry, self.refuses = entry or module, refuses or {}
         self.projector, self.restores, self.has_cls = projector, restores, has_cls
         self.prefix, self.projector_prefix = prefix, projector_prefix
-        self._grid, self._tap, self._additive = grid, tap, additive_mask
+        self._grid, self._patch, self._tap, self._additive = grid, patch, tap, additive_mask
         self._mask_argument, self._accepts_ragged, self._pools = mask_argument, accepts_ragged, pools
         self._tokens, self._pack, self._visible, self._tables = tokens, pack, visible, tables
 
@@ -201,6 +210,20 @@ class BatchedViT(VisionTower):
         if (grid.rows, grid.cols) != encoding.extra["patches"]:
             values = resample(values, encoding.extra["patches"], (grid.rows, grid.cols))
         return self._rows(encoding, values)
+
+    def pixels(self, encoding: Encoding) -> list[Tensor]:
+        assert self._patch is not None
+        (high, wide), (rows, cols), grid = self._patch, encoding.extra["patches"], encoding.layouts[0]
+        if rows % grid.rows or cols % grid.cols:
+            raise UnsupportedCallError(
+                f"{rows}x{cols} patches are resized to {grid.rows}x{grid.cols} tokens, which show no pixels of their own; "
+                "use a method that does not read patch_pixels"
+            )
+        images = torch.stack(list(encoding.pictures()))
+        # Some encoders pad the last patches with zeros, others leave an incomplete one out.
+        missing = [max(0, cols * wide - images.shape[3]), max(0, rows * high - images.shape[2])]
+        images = nn.functional.pad(images, (0, missing[0], 0, missing[1]))[..., : rows * high, : cols * wide]
+        return list(cut(images, grid.rows, grid.cols))
 
     def _rows(self, encoding: Encoding, x: Tensor) -> list[Tensor]:
         return [row[:n] for row, n in zip(x, encoding.counts, strict=True)]
@@ -289,6 +312,7 @@ class PackedViT(VisionTower):
     Args:
         module, layers, projector: see :class:`VisionTower`.
         unit: patches per token.
+        channels: of a pixel.
         order: grid_thw [images, 3] -> index [tokens] of the language-model token at every packed position.
         tap: layer index -> AttentionTap.
         side_outputs: see :class:`VisionTower`.
@@ -303,13 +327,14 @@ class PackedViT(VisionTower):
         layers: Sequence[nn.Module],
         projector: nn.Module,
         unit: int,
+        channels: int,
         order: Callable[[Tensor], Tensor],
         tap: Callable[[int], AttentionTap],
         side_outputs: Sequence[nn.Module] = (),
     ) -> None:
         self.module, self.entry, self.layers, self.projector = module, module, layers, projector
         self.used_layers, self.side_outputs = len(layers), side_outputs
-        self.unit = unit
+        self.unit, self.channels = unit, channels
         self._order, self._tap = order, tap
 
     def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: FeatureCall | None) -> Encoding:
@@ -346,6 +371,11 @@ class PackedViT(VisionTower):
             per_patch = per_token(signal, seen)[0]
         # A token is the mean of its patches.
         return self._in_order(encoding, per_patch.unflatten(0, (-1, self.unit)).mean(1))
+
+    def pixels(self, encoding: Encoding) -> list[Tensor]:
+        # Patches come as [C T h w], in the order of the tokens; windows are made later.
+        shape = (-1, self.unit, self.channels, encoding.pictures()[0].shape[1] // self.channels)
+        return [p.reshape(shape).transpose(1, 2).flatten(2) for p in encoding.pictures()]
 
     def _maps(self, encoding: Encoding, seen: Attended) -> list[Tensor]:
         """[K, K] attention between the tokens of every image; zero across windows."""
@@ -474,6 +504,13 @@ class PackedGrid(VisionTower):
             )
             out.append(resample(values, grid, new)[0])
         return out
+
+    def pixels(self, encoding: Encoding) -> list[Tensor]:
+        side = self.patch * self.merge
+        return [
+            cut(p[None, :, : grid.rows * side, : grid.cols * side], grid.rows, grid.cols)[0]
+            for p, grid in zip(encoding.pictures(), encoding.layouts, strict=True)
+        ]
 
     def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
         raise VTPruneError(WHOLE)

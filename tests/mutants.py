@@ -42,8 +42,45 @@ class Mutant:
 
 
 DECODER, SEQUENCE = "vtprune/engine/decoder.py", "vtprune/engine/sequence.py"
-SIGNALS = "vtprune/engine/decoder_signals.py"
+SIGNALS, BYPASS = "vtprune/engine/decoder_signals.py", "vtprune/engine/bypass.py"
+HEADS, TOWERS = "vtprune/engine/heads.py", "integrations/towers.py"
 MUTANTS = (
+    Mutant(
+        "all heads in decoding",
+        HEADS,
+        "            if alive is not None:\n                heads",
+        "            if alive is not None and run.images:\n                heads",
+    ),
+    Mutant(
+        "heads of one row for all",
+        HEADS,
+        "        after[rows] &= chosen.keep\n",
+        "        after &= chosen.keep[:1]\n",
+    ),
+    Mutant(
+        "padding counts for heads",
+        HEADS,
+        "size if valid is None else size * valid.unsqueeze(-1).to(size.device)",
+        "size",
+    ),
+    Mutant(
+        "heads stay behind in a reordered cache",
+        "vtprune/engine/cache.py",
+        "{layer: change(alive) for layer",
+        "{layer: alive for layer",
+    ),
+    Mutant(
+        "carried signals at the wrong tokens",
+        SIGNALS,
+        "                full[image.alive] = rows\n",
+        "                full[: len(rows)] = rows\n",
+    ),
+    Mutant(
+        "pixels of the transposed grid",
+        TOWERS,
+        "parts.permute(0, 2, 4, 1, 3, 5)",
+        "parts.permute(0, 4, 2, 1, 3, 5)",
+    ),
     Mutant(
         "off by one in kept indices",
         SEQUENCE,
@@ -95,7 +132,7 @@ MUTANTS = (
     Mutant(
         "ready masks not gathered",
         DECODER,
-        "            return _gather_mask(run.ready[kind], segment)\n",
+        "            return ready if segment.col is None else gather_mask(ready, segment.col, segment.valid)\n",
         "            return run.ready[kind][:, :, -segment.n_slots :, -segment.n_slots :]\n",
     ),
     Mutant(
@@ -231,6 +268,60 @@ MUTANTS = (
         "vtprune/engine/journal.py",
         "        if gone:\n",
         "        if False:\n",
+    ),
+    Mutant(
+        "bypassed tokens at the positions of the first ones",
+        BYPASS,
+        "tuple(gather_table(t, index) for t in tables)",
+        "tuple(gather_table(t, torch.arange(index.shape[1]).expand_as(index)) for t in tables)",
+    ),
+    Mutant(
+        "bypass with the mask of the first tokens",
+        BYPASS,
+        "            return gather_mask(mask, chosen.index, chosen.real)\n",
+        "            return mask[:, :, : chosen.index.shape[1], : chosen.index.shape[1]]\n",
+    ),
+    Mutant(
+        "fillers of a bypass written back",
+        BYPASS,
+        "            if chosen.real is not None:\n                out =",
+        "            if False:\n                out =",
+    ),
+    Mutant(
+        "fillers of a bypass seen",
+        BYPASS,
+        "            return gather_mask(mask, chosen.index, chosen.real)\n",
+        "            return gather_mask(mask, chosen.index, None)\n",
+    ),
+    Mutant(
+        "bypass in evaluation",
+        BYPASS,
+        "for layer in self.bypasses if self.decoder.layers[layer].training}",
+        "for layer in self.bypasses}",
+    ),
+    Mutant(
+        "bypass under generate",
+        BYPASS,
+        "            self.local.generating = True\n",
+        "            self.local.generating = False\n",
+    ),
+    Mutant(
+        "one draw for all bypassed layers",
+        "vtprune/methods/random_ltd.py",
+        "{self.first_step + view.step} {view.layer}",
+        "{self.first_step + view.step}",
+    ),
+    Mutant(
+        "a failed call counts as a training step",
+        BYPASS,
+        "        if output is None:\n            return\n",
+        "        if output is None:\n            self.step += now is not None\n            return\n",
+    ),
+    Mutant(
+        "recorders see the part of a bypass",
+        BYPASS,
+        "self._after(layer), first=True)",
+        "self._after(layer))",
     ),
 )
 

@@ -174,3 +174,28 @@ def test_second_turn_with_another_picture(
     assert emulated
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["all", "visual"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("batch", [0, 1], ids=["one", "ragged"])
+def test_a_training_step_that_bypasses_layers(
+    emulated: list[str], family: str, batch: int, tokens: str
+) -> None:
+    """Gaps in the positions of the tokens that go through must not be read as packed sequences either."""
+    make, inputs = (
+        (tiny_llava, llava_inputs(LLAVA[batch]))
+        if family == "llava"
+        else (tiny_qwen2_5_vl, qwen_inputs(QWEN[batch]))
+    )
+    real = inputs["attention_mask"].bool()
+    results = []
+    for model in (make(), flash(make())):
+        with vtprune.patch(model.train(), "random-ltd", keep=0.4, increase=1, tokens=tokens) as patch:
+            logits = model(**inputs).logits[real]
+            logits.square().mean().backward()
+            assert patch.report().engaged
+        results.append((logits, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert emulated
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -18,7 +18,7 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.layout import TokenLayout
-from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, compose
+from vtprune.method import Bypass, BypassView, Method, ModelFacts, Signal, Site, Stage, View, compose
 from vtprune.patch import ModelSupport, Patch, list_methods, list_models, patch, unpatch
 from vtprune.report import Report
 from vtprune.selection import Selection
@@ -27,6 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyPatchedError",
+    "Bypass",
+    "BypassView",
     "InertPruningError",
     "InvalidOptionError",
     "Method",

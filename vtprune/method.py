@@ -10,7 +10,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError, VTPruneError
 from vtprune.layout import TokenLayout
-from vtprune.selection import Selection
+from vtprune.selection import HeadSelection, Selection
 from vtprune.space import Space
 
 SiteKind = Literal["vit", "encoder", "projector", "decoder"]
@@ -31,6 +31,7 @@ SignalKind = Literal[
     "encoder_key_heads",
     "encoder_values",
     "head_output_norms",
+    "patch_pixels",
     "cls_query",
     "cls_key",
     "cls_value",
@@ -41,6 +42,7 @@ SignalKind = Literal[
     "decoder_queries",
     "decoder_keys",
     "decoder_received",
+    "decoder_head_outputs",
 ]
 # Signals without a token dimension, and groups that models lack together.
 WHOLE_IMAGE = ("cls_query", "cls_key", "cls_value")
@@ -54,6 +56,7 @@ ENCODER_SIGNALS: tuple[str, ...] = (
     "encoder_key_heads",
     "encoder_values",
     "head_output_norms",
+    "patch_pixels",
 )
 INPUT_SIGNALS = ("text_features", "input_features")
 DECODER_SIGNALS: tuple[str, ...] = (
@@ -65,7 +68,13 @@ DECODER_SIGNALS: tuple[str, ...] = (
     "decoder_keys",
     "decoder_received",
 )
+# Kept for later stages by the token they belong to, so that a stage may read layers before an earlier removal.
+CARRIED_SIGNALS = ("decoder_received",)
+# Of a row's heads, not of tokens: read by head stages only.
+HEAD_SIGNALS = ("decoder_head_outputs",)
 POSITION_POLICIES = ("auto", "original", "dense")
+BypassTokens = Literal["all", "visual"]
+BYPASS_TOKENS: tuple[BypassTokens, ...] = ("all", "visual")
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class Signal:
         encoder_keys: [G, N, d] head-mean keys of one ViT layer, behind any rotary embedding.
         encoder_key_heads, encoder_values: [G, H, N, d] keys and values of one ViT layer.
         head_output_norms: [G, H, N] Euclidean norm of every head's output at every token of one ViT layer.
+        patch_pixels: [G, N, C, P] all P pixels of the patches that make a token, in the units in which the model is
+            given them (normalised by its processor) and at its precision, in no particular order; patches of several
+            frames hold the pixels of all of them (`layer` is 0).
         cls_query, cls_key, cls_value: [G, H, d] of the [CLS] token in one ViT layer.
         text_attention: [G, H, N] softmax attention of the last prompt token in one decoder layer. In the layer at
             whose input the stage acts: computed ahead, from the states that are about to enter it.
@@ -112,7 +124,10 @@ class Signal:
             tokens, at the input of the language model (`layer` is 0).
         decoder_queries, decoder_keys: [G, H, N, d] rotated queries and keys of one decoder layer (keys of grouped
             queries as they are, [G, H_kv, N, d]).
-        decoder_received: [G, H, N] attention that a token receives in one decoder layer, summed over all queries.
+        decoder_received: [G, H, N] attention that a token receives in one decoder layer, summed over all queries; known
+            for the tokens left also where others were removed in between.
+        decoder_head_outputs: [R, H] sum of the absolute entries of every head's output at all tokens of a row in one
+            decoder layer, for a :class:`HeadView`.
     """
 
     kind: SignalKind
@@ -132,6 +147,8 @@ class ModelFacts:
         missing: reason for every signal kind that it cannot provide.
         mrope: whether positions are multi-dimensional (M-RoPE).
         proportional: whether ViT layers can weigh tokens by their size (see `Stage.proportional`).
+        folder: local folder of the model's checkpoint, where it comes from one.
+        fingerprint: tells this model from others, whatever its precision; reads its parameters when it is called.
     """
 
     name: str
@@ -142,6 +159,8 @@ class ModelFacts:
     missing: Mapping[str, str]
     mrope: bool = False
     proportional: bool = False
+    folder: str | None = None
+    fingerprint: Callable[[], str] | None = field(default=None, compare=False)
 
     def behind_encoder(self) -> Site:
         """The first site behind the encoder: before the projector, or behind it where the model pools or resizes
@@ -234,6 +253,91 @@ class Stage:
     proportional: bool = False
 
 
+class HeadView:
+    """The attention heads of R rows (samples with pictures) in the decoder layers from a head stage on.
+
+    Attributes:
+        alive: [R, H] bool, heads that no earlier stage silenced.
+    """
+
+    def __init__(self, alive: Tensor, signals: Mapping[Signal, Tensor]) -> None:
+        self.alive = alive
+        self._signals = signals
+
+    @property
+    def n(self) -> int:
+        """Heads per layer, silenced ones included."""
+        return self.alive.shape[1]
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """The stage's declared signals, in the order of `needs`."""
+        return tuple(self._signals)
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        """The value [R, H] of a declared signal."""
+        try:
+            return self._signals[signal]
+        except KeyError:
+            raise VTPruneError(f"{signal} was read but not declared in the stage's `needs`") from None
+
+
+@dataclass(frozen=True)
+class HeadStage:
+    """One decision about the query heads of a language model; :class:`Stage` decides about tokens.
+
+    Heads are silenced, not removed: their outputs count as zero, in prefill and in every decoding step, and stock
+    attention takes the time and the memory that it always takes.
+
+    Attributes:
+        layer: first decoder layer in which silenced heads are silent; they stay so in all layers behind.
+        decide: HeadView -> HeadSelection.
+        needs: signals to collect for it, of kind `decoder_head_outputs` and layers before `layer`.
+    """
+
+    layer: int
+    decide: Callable[[HeadView], HeadSelection]
+    needs: tuple[Signal, ...] = ()
+
+
+@dataclass(frozen=True)
+class BypassView:
+    """The tokens in front of a decoder layer in a training step.
+
+    Attributes:
+        features: [B, L, D] hidden states, padding included.
+        candidates: [B, L] bool, tokens that may be carried past the layer.
+        k: per row, how many of its candidates go through (host integers).
+        layer: the decoder layer.
+        step: training forward passes before this one.
+    """
+
+    features: Tensor
+    candidates: Tensor
+    k: Sequence[int]
+    layer: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """Decoder layers that only some tokens go through in training; the others are carried past unchanged.
+
+    The sequence has its full length again behind every layer, and outside training nothing happens.
+
+    Attributes:
+        layers: indices of the decoder layers.
+        length: (step, candidates of a row) -> how many of them go through.
+        decide: which ones, per row indices into L.
+        tokens: the candidates: "all" tokens but padding, or "visual" ones, so that all text goes through.
+    """
+
+    layers: tuple[int, ...]
+    length: Callable[[int, int], int]
+    decide: Callable[[BypassView], Selection]
+    tokens: BypassTokens = "all"
+
+
 def check_keep(keep: int | float, name: str = "keep") -> None:
     """Raises InvalidOptionError unless `keep` is an int >= 1 or a float in (0, 1]."""
     hint = "an int >= 1 (tokens per image) or a float in (0, 1] (ratio)"
@@ -291,6 +395,7 @@ class Method(ABC):
     Attributes:
         substitutes: options with which the method works on models that lack what its defaults read, best first;
             named in errors and in the support matrix, never chosen silently.
+        training_only: whether it acts in training only; in evaluation the patched model is dense and its report says so.
         search_space: options that `vtprune search` varies unless it is told otherwise, with sensible bounds.
         keep: int = tokens per image, float in (0, 1] = ratio.
         positions: "original" keeps the position ids of survivors, "dense" renumbers them without gaps, "auto"
@@ -301,6 +406,7 @@ class Method(ABC):
     authors_positions: ClassVar[Literal["original", "dense"]] = "original"
     substitutes: ClassVar[tuple[Mapping[str, object], ...]] = ()
     search_space: ClassVar[Mapping[str, Space]] = {}
+    training_only: ClassVar[bool] = False
 
     keep: int | float
     positions: Literal["auto", "original", "dense"] = "auto"
@@ -332,6 +438,14 @@ class Method(ABC):
                 positions=self.position_policy(facts),
             )
         ]
+
+    def bypasses(self, facts: ModelFacts) -> list[Bypass]:
+        """Decoder layers that some tokens are carried past in training."""
+        return []
+
+    def head_stages(self, facts: ModelFacts) -> list[HeadStage]:
+        """All decisions about attention heads along the forward pass."""
+        return []
 
     def position_policy(self, facts: ModelFacts) -> Literal["original", "dense"]:
         """ "original" or "dense" on this model.
@@ -383,6 +497,12 @@ class Sequential(Method):
 
     def stages(self, facts: ModelFacts) -> list[Stage]:
         return [stage for method in self.methods for stage in method.stages(facts)]
+
+    def bypasses(self, facts: ModelFacts) -> list[Bypass]:
+        return [bypass for method in self.methods for bypass in method.bypasses(facts)]
+
+    def head_stages(self, facts: ModelFacts) -> list[HeadStage]:
+        return [stage for method in self.methods for stage in method.head_stages(facts)]
 
     def options(self) -> dict[str, object]:
         return {"methods": [{"method": m.key, **m.options()} for m in self.methods]}

@@ -40,6 +40,8 @@ class Patch:
         method: the method.
         facts: what the method knows of the model.
         stages: its decisions in the order of the forward pass.
+        bypasses: decoder layers that it carries tokens past in training.
+        head_stages: its decisions about attention heads, likewise in order.
     """
 
     def __init__(self, model: nn.Module, method: Method, notes: Sequence[str] = ()) -> None:
@@ -47,6 +49,8 @@ class Patch:
         self.method = method
         self.facts = integration.facts
         self.stages = plan(method, self.facts)
+        self.bypasses = method.bypasses(self.facts)
+        self.head_stages = sorted(method.head_stages(self.facts), key=lambda stage: stage.layer)
         self._model = weakref.ref(model)
         self._journal = Journal()
         self._report: Report | None = None
@@ -72,18 +76,34 @@ class Patch:
         encoder.attach(self._journal)
         if integration.decoder is not None and integration.base is not None:
             encoder.attach_calls(self._journal, integration.base, integration.feature_calls)
+            from vtprune.engine.bypass import BypassEngine
             from vtprune.engine.decoder import DecoderEngine
 
-            DecoderEngine(
+            decoder = DecoderEngine(
                 integration,
                 encoder,
                 [s for s in self.stages if s.site.kind in ("projector", "decoder")],
+                self.head_stages,
                 any(s.positions == "dense" for s in vision),
                 self._number,
                 self._new_report,
                 self._publish,
-            ).attach(self._journal)
+            )
+            decoder.attach(self._journal)
+            if self.bypasses:
+                bypass = BypassEngine(
+                    integration.decoder,
+                    integration.base,
+                    self.bypasses,
+                    self.method.key,
+                    decoder.current,
+                    self._new_report,
+                    self._publish,
+                )
+                decoder.publish = bypass.publish
+                bypass.attach(self._journal, model)
         reads_text = any(s.kind in DECODER_SIGNALS for stage in self.stages for s in stage.needs)
+        reads_text |= any(stage.needs for stage in self.head_stages)
         if reads_text and hasattr(model, SPECULATION):
             self._journal.refuse(
                 model,
@@ -160,7 +180,13 @@ class Patch:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
-        return f"<Patch {self.method.key} on {self.facts.name}, {state}, sites {[str(s.site) for s in self.stages]}>"
+        sites = f"sites {[str(s.site) for s in self.stages]}"
+        layers = sorted(layer for bypass in self.bypasses for layer in bypass.layers)
+        if layers:
+            sites += f", in training bypasses decoder layers {layers}"
+        if self.head_stages:
+            sites += f", silences heads from decoder layer {self.head_stages[0].layer} on"
+        return f"<Patch {self.method.key} on {self.facts.name}, {state}, {sites}>"
 
 
 def patch(

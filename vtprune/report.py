@@ -99,6 +99,12 @@ class Report:
         layers: decoder layers (empty for an encoder alone).
         decide_ms: site -> milliseconds spent measuring signals and deciding.
         decode_steps: forward passes after prefill that used this cache.
+        training_step: training passes before this one, under a method that carries tokens past layers in training; None
+            in any other call.
+        through: decoder layer -> per sample the prompt columns, ascending, that went through it in a training step; the
+            others were carried past. Layers that all tokens went through are not listed.
+        speaking: decoder layer -> [samples, heads] bool, heads that speak in it and in the layers up to the next such layer;
+            empty while no method silences heads.
         notes: anything the user should know, e.g. an image with fewer tokens than the budget.
     """
 
@@ -111,6 +117,9 @@ class Report:
     images: list[ImageReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     decode_steps: int = 0
+    training_step: int | None = None
+    through: dict[int, list[Tensor]] = field(default_factory=dict)
+    speaking: dict[int, Tensor] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
     watches: dict[str, Stopwatch] = field(default_factory=dict, repr=False)
 
@@ -188,14 +197,22 @@ class Report:
         return [s / len(self.layers) for s in sums]
 
     @property
+    def heads(self) -> dict[int, list[list[int]]]:
+        """Decoder layer -> per sample the query heads that speak from it on; the others are silenced, not removed."""
+        return {
+            layer: [row.nonzero()[:, 0].tolist() for row in alive.cpu()]
+            for layer, alive in sorted(self.speaking.items())
+        }
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the whole cache after prefill."""
         return sum(layer.kv_bytes for layer in self.layers)
 
     @property
     def engaged(self) -> bool:
-        """Whether any visual token was removed."""
-        return self.visual_tokens_out != self.visual_tokens_in
+        """Whether any visual token was removed, or any token carried past a layer."""
+        return bool(self.through) or self.visual_tokens_out != self.visual_tokens_in
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings and lists."""
@@ -242,12 +259,17 @@ class Report:
                     "tokens": x.tokens,
                     "visual_tokens": x.visual_tokens,
                     "kv_bytes": x.kv_bytes,
+                    "through": [columns.tolist() for columns in self.through[x.layer]]
+                    if x.layer in self.through
+                    else None,
                 }
                 for x in self.layers
             ],
             "kv_bytes": self.kv_bytes,
             "decide_ms": self.decide_ms,
             "decode_steps": self.decode_steps,
+            "training_step": self.training_step,
+            "heads": {str(layer): rows for layer, rows in self.heads.items()},
             "notes": self.notes,
         }
 
@@ -255,10 +277,8 @@ class Report:
         options = ", ".join(f"{k}={v}" for k, v in self.options.items())
         lines = [f"{self.method}({options}) on {self.model}"]
         if not self.images:
-            return "\n".join(
-                [*lines, "  no visual tokens in this call", *(f"  note: {n}" for n in self.notes)]
-            )
-        for s in range(self.n_samples):
+            lines.append("  no visual tokens in this call")
+        for s in range(self.n_samples if self.images else 0):
             n_in, n_llm, n_out = (
                 self.visual_tokens_in[s],
                 self.visual_tokens_llm[s],
@@ -279,11 +299,24 @@ class Report:
                     f"  layers {first}-{i - 1}: {a.tokens} tokens per sample, {size:.3f} MiB of KV cache"
                 )
                 first = i
+        if self.training_step is not None:
+            lines.append(f"  training step {self.training_step}: {self._carried()}")
         for site, ms in self.decide_ms.items():
             lines.append(f"  {site}: {ms:.2f} ms deciding, positions {self.positions.get(site, 'original')}")
+        for layer, rows in self.heads.items():
+            total = self.speaking[layer].shape[1]
+            lines.append(
+                f"  heads from decoder layer {layer} on: {[len(r) for r in rows]} of {total} per sample speak"
+            )
         if self.decode_steps:
             lines.append(f"  {self.decode_steps} decoding steps")
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+    def _carried(self) -> str:
+        if not self.through:
+            return "all tokens went through every layer"
+        layers = ", ".join(map(str, sorted(self.through)))
+        return f"in decoder layers {layers} the other tokens were carried past"
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtprune.errors import InvalidOptionError
 from vtprune.method import View, resolve_layer
 from vtprune.selection import Selection, merged, topk
 
@@ -55,6 +56,31 @@ def calibrated(attention: Tensor, t: float) -> Tensor:
     most = torch.zeros_like(votes).scatter(1, topk(received, 1), True)
     asked = torch.where(votes.any(-1, keepdim=True), votes, most).float()
     return (asked.unsqueeze(1) @ attention)[:, 0] / asked.sum(-1, keepdim=True)
+
+
+def grey_entropy(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Shannon entropy [G, N] in bits of the 256-bin histogram of every token's grey values (VFlowOpt).
+
+    Grey is the mean of the channels, brought back to 0 .. 255, rounded and clamped there.
+
+    Args:
+        pixels: [G, N, C, P] as the model is given them.
+        mean, std: per channel, what the processor normalised them with.
+
+    Raises:
+        InvalidOptionError: there are more or fewer channels than that.
+    """
+    if len(mean) != pixels.shape[2]:
+        raise InvalidOptionError(
+            f"{len(mean)} means and deviations were given for pixels of {pixels.shape[2]} channels; give one per channel."
+        )
+    shift, scale = (torch.tensor(x, device=pixels.device).unsqueeze(-1) for x in (mean, std))
+    grey = (255 * (pixels.float() * scale + shift).mean(2)).round().clamp(0, 255).long()
+    counts = torch.zeros(*grey.shape[:2], 256, device=grey.device).scatter_add(
+        2, grey, torch.ones(grey.shape, device=grey.device)
+    )
+    bits: Tensor = torch.special.entr(counts / grey.shape[2]).sum(-1) / math.log(2)
+    return bits
 
 
 def attention_flow(maps: Sequence[Tensor], query: int) -> Tensor:
@@ -165,7 +191,7 @@ def recycled(scores: Tensor, cells: Tensor, k: int) -> Selection:
     """The best tokens [G, N], and one more for every cell with others: k in all.
 
     One more token kept leaves as many or one less cell with pruned tokens, so that every k from the number of cells on
-    can be met.
+    can be met. A token weighs as much as its score, one below 0 nothing.
     """
     images, n = scores.shape
     order = topk(scores, n)
@@ -183,8 +209,9 @@ def recycled(scores: Tensor, cells: Tensor, k: int) -> Selection:
     mine = best.gather(1, inside.long().argmax(1))
     anchor = order.gather(1, mine.clamp(max=n - 1))
     target = torch.where(pruned, anchor, everyone)
-    mass = torch.zeros_like(scores).scatter_add(1, target, scores)
-    weight = torch.where(pruned, scores / mass.gather(1, target), 1.0)
+    share = scores.clamp(min=1e-12)
+    mass = torch.zeros_like(share).scatter_add(1, target, share)
+    weight = torch.where(pruned, share / mass.gather(1, target), 1.0)
     kept = everyone[target == everyone].view(images, k)
     return merged(kept, target, weight)
 

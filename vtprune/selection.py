@@ -90,6 +90,27 @@ class Selection:
         return ops.merge_tokens(x[None], self.into, self.weight, len(self.index[0]))[0]
 
 
+@dataclass(frozen=True)
+class HeadSelection:
+    """Which attention heads of R rows speak on.
+
+    Attributes:
+        keep: [R, H] bool.
+    """
+
+    keep: Tensor
+
+    @classmethod
+    def topk(cls, scores: Tensor, k: int, alive: Tensor) -> HeadSelection:
+        """The k largest scores [R, H] of every row among its `alive` heads [R, H], ties going to the lower index.
+
+        Raises:
+            NonFiniteScoresError: a score is NaN.
+        """
+        best = topk(scores.masked_fill(~alive, float("-inf")), k)
+        return cls(torch.zeros_like(alive).scatter(1, best, True) & alive)
+
+
 def topk(scores: Tensor, k: int) -> Tensor:
     """Indices [G, k] of the k largest scores [G, N], best first, ties going to the lower index."""
     check_finite(scores)

@@ -67,6 +67,8 @@ def options_of(family: str, method: str, keep: int | float = 0.5, **more: Any) -
     cell = cells(family)[method]
     if not cell.works:
         pytest.skip(f"declared: {cell.reason}")
+    if cell.training:
+        pytest.skip("declared: acts in training only; tests/contract/test_bypass.py proves it")
     return {"keep": keep, **cell.options, **more}
 
 

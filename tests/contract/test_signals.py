@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract.common import FAMILIES, TOLERANCE, judge_of, subject
-from contract.evidence import Probe, Row, claims, inputs_of, ragged, row_of, units_of, visual
+from contract.evidence import PROJECTOR, Probe, Row, claims, inputs_of, ragged, row_of, units_of, visual
 from judge import CHOPPED, QWEN, Judge, Unit, best_resolution
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 import vtprune
 from vtprune import methods
 from vtprune.testing.matrix import facts_of
-from vtprune.testing.zoo import LVLMS
+from vtprune.testing.zoo import ENCODERS, LVLMS
 
 VISION = ("cls_attention", "received_attention", "encoder_keys")
 Seen = dict[int, list[tuple[Tensor, Tensor]]]
@@ -288,3 +288,113 @@ def test_attention_of_the_last_prompt_token(family: str, before: str, padding: s
                 assert index.tolist() == alive
                 close(values[signal], weights[:, [unit.columns[i] for i in alive]])
             assert float(weights[:, [c for u in units for c in u.columns]].max()) > 100 * TOLERANCE
+
+
+# ---------------------------------------------------------------------- pixels
+
+PIXELS = vtprune.Signal("patch_pixels", 0)
+
+
+def sliced(picture: Tensor, rows: int, cols: int) -> Tensor:
+    """The pixels [C P, tokens] of a picture [C, H, W] cut into rows x cols rectangles; a rest at its edges is left out."""
+    high, wide = picture.shape[1] // rows, picture.shape[2] // cols
+    rectangles = [
+        picture[:, r * high : (r + 1) * high, c * wide : (c + 1) * wide]
+        for r in range(rows)
+        for c in range(cols)
+    ]
+    return torch.stack([rectangle.flatten() for rectangle in rectangles], -1)
+
+
+def pixels_of(family: str, name: str) -> list[Tensor]:
+    """Per unit of a row [C P, tokens]."""
+    row, units = row_of(family, name), visual(family, name).units
+    if not units:
+        return []
+    pixels = row[next(key for key in row if key.startswith("pixel_values"))]
+    if family in QWEN:  # four patches [C T h w] in a row make a token
+        tokens = pixels.view(len(pixels) // 4, 4, 3, -1)
+        parts = torch.stack([torch.cat([t[i, c] for c in range(3) for i in range(4)]) for t in tokens], -1)
+        return list(parts.split([len(u.columns) for u in units], -1))
+    if family == "mistral3":
+        real = [p[:, :h, :w] for p, (h, w) in zip(pixels, row["image_sizes"].tolist(), strict=True)]
+        return [sliced(p, u.rows, u.cols) for p, u in zip(real, units, strict=True)]
+    if family in ("llava_next", "llava_next_video") and units[0].kind == "image":
+        found = []
+        for u in units:
+            tiles = pixels[u.picture, : 1 + max(v.part for v in units if v.picture == u.picture)]
+            cut = torch.stack([sliced(tile, 4, 4) for tile in tiles])
+            found.append(composite(family, row, u.picture, cut[1:], u) if u.part else cut[0])
+        return found
+    if pixels.ndim == 5:
+        pixels = pixels.flatten(0, 1)
+    return [sliced(p, u.rows, u.cols) for p, u in zip(pixels, units, strict=True)]
+
+
+def assert_same_pixels(found: Tensor, expected: Tensor) -> None:
+    """[N, C, P] holds [C P, N], in any order within a token's channel."""
+    wanted = expected.T.unflatten(1, (found.shape[1], -1))
+    assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)
+    assert float(wanted.std()) > 0.1, "cannot fail"
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "patch_pixels" in facts_of(f)[2].signals])
+def test_pixels_of_every_token(family: str) -> None:
+    names = ("two", "text", "large", *(["video"] if LVLMS[family].has_video else []))
+    inner = vtprune.Site("decoder", 2)
+    for where, before in ((PROJECTOR, []), (inner, [methods.create("random", keep=0.6)])):
+        probe = Probe(where=where, signals=(PIXELS,), keep=0.3)
+        seen, _ = seen_by(family, names, probe, *before)
+        assert seen
+        for (sample, number), (_, index, values) in seen.items():
+            expected = pixels_of(family, names[sample])[number]
+            assert_same_pixels(values[PIXELS], expected[:, index])
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+@torch.no_grad()
+def test_pixels_of_an_encoder_alone(name: str) -> None:
+    entry = ENCODERS[name]
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    model, pictures = entry.build(), entry.pixels(2, 5)
+    probe = Probe(where=vtprune.Site("vit", 0), signals=(PIXELS,))
+    with vtprune.patch(model, probe):
+        model(pictures)
+    assert len(probe.seen) == 2
+    for picture, (layout, _, values) in zip(pictures, probe.seen, strict=True):
+        assert_same_pixels(values[PIXELS], sliced(picture, layout.rows, layout.cols))
+
+
+def test_pixels_at_incomplete_patches() -> None:
+    """timm pads the last patches with zeros where it is told to; transformers leaves a rest out."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, dynamic_img_size=True, dynamic_img_pad=True
+    ).eval()
+    picture = torch.randn(1, 3, 40, 56)
+    probe = Probe(where=vtprune.Site("encoder"), signals=(PIXELS,))
+    with vtprune.patch(model, probe), torch.no_grad():
+        model(picture)
+    padded = torch.zeros(3, 48, 64)
+    padded[:, :40, :56] = picture[0]
+    ((layout, _, values),) = probe.seen
+    assert (layout.rows, layout.cols) == (3, 4)
+    assert_same_pixels(values[PIXELS], sliced(padded, 3, 4))
+
+
+def test_pixels_are_asked_for_only_where_a_method_reads_them() -> None:
+    assert not any(PIXELS in s.needs for s in methods.create("vflowopt").stages(facts_of("llava")[2]))
+    for family, reason in (("llava_onevision", "resizes features"), ("aria", "learned queries")):
+        with pytest.raises(vtprune.UnsupportedMethodError, match=reason):
+            vtprune.patch(subject(family), Probe(where=PROJECTOR, signals=(PIXELS,)))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_entropy_changes_what_vflowopt_keeps(family: str) -> None:
+    names, kept = ("two", "large"), []
+    for alpha in (0.0, 1.0):
+        with vtprune.patch(subject(family), "vflowopt", keep=0.4, alpha=alpha) as patch, torch.no_grad():
+            subject(family)(**inputs_of(family, names))
+            kept.append([i.kept["projector"].tolist() for i in patch.report().images])
+    assert kept[0] != kept[1]

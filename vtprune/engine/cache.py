@@ -8,7 +8,7 @@ rightly, carries the validity of its slots through beam search, and refuses to b
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,7 @@ class CacheState:
         report: the report that further decoding steps are counted in.
         pruned: [B, L] bool, False for removed tokens and padding, of the last pass that removed any.
         since: tokens added since that pass.
+        heads: decoder layer -> [B, H] bool, heads that speak in it and in the layers up to the next such layer.
     """
 
     owner: int
@@ -55,6 +56,7 @@ class CacheState:
     report: Any
     pruned: Tensor | None
     since: int
+    heads: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def croppable(self) -> int:
@@ -100,6 +102,7 @@ class PrunedDynamicCache(DynamicCache):
                 segment.shift = change(segment.shift)
             if segment.columns is not None:
                 segment.columns = change(segment.columns)
+        self.vtprune.heads = {layer: change(alive) for layer, alive in self.vtprune.heads.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]

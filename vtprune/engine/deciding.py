@@ -96,7 +96,7 @@ def _signal(signal: Signal, batch: Sequence[Candidate]) -> Tensor:
         rows = nn.utils.rnn.pad_sequence(values, batch_first=True)  # [G, T, H, N] or [G, T, D]
         return rows.transpose(1, 2) if rows.ndim == 4 else rows
     value = torch.stack(values)  # [G, N, ...] unless it has no tokens
-    plain = (*WHOLE_IMAGE, "attention_map", "encoder_keys", "input_features")
+    plain = (*WHOLE_IMAGE, "attention_map", "encoder_keys", "input_features", "patch_pixels")
     has_heads = value.ndim > 2 and signal.kind not in plain
     return value.transpose(1, 2) if has_heads else value
 

@@ -16,13 +16,14 @@ from vtprune.engine.cache import done, install, state_of, widen, writing
 from vtprune.engine.deciding import Candidate, decide
 from vtprune.engine.decoder_signals import DecoderSignals, sees
 from vtprune.engine.encoder import REPLACED, EncoderEngine
+from vtprune.engine.heads import SILENCED, HeadEngine
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.engine.prompt import Frame, Memos, PromptImage, locate, merged_frame, open_frame
 from vtprune.engine.run import Run
-from vtprune.engine.sequence import Segment, TokenSequence, gather_positions, gather_table
+from vtprune.engine.sequence import Segment, TokenSequence, gather_mask, gather_positions, gather_table
 from vtprune.errors import InertPruningError, UnsupportedCallError
 from vtprune.integrations.base import Decoder, Integration
-from vtprune.method import DECODER_SIGNALS, Signal, Stage
+from vtprune.method import DECODER_SIGNALS, HeadStage, Signal, Stage
 from vtprune.report import LayerReport, Report, Stopwatch
 from vtprune.selection import Selection
 
@@ -37,6 +38,7 @@ class DecoderEngine(Bound):
         integration: the model.
         encoder: the engine on its vision encoder.
         stages: stages at sites `projector` and `decoder`, in order.
+        heads: decisions about attention heads, in order.
         renumber_encoder: whether stages in and behind the encoder renumber positions.
         owner: number of the patch.
         new_report, publish: make an empty report; hand over a finished one.
@@ -47,6 +49,7 @@ class DecoderEngine(Bound):
         integration: Integration,
         encoder: EncoderEngine,
         stages: Sequence[Stage],
+        heads: Sequence[HeadStage],
         renumber_encoder: bool,
         owner: int,
         new_report: Callable[[], Report],
@@ -70,7 +73,9 @@ class DecoderEngine(Bound):
         self.signals = DecoderSignals(
             self.decoder,
             [(n, s.site.layer if s.site.kind == "decoder" else 0) for s in stages for n in s.needs],
+            self.borders,
         )
+        self.heads = HeadEngine(self.decoder, heads)
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
@@ -83,6 +88,7 @@ class DecoderEngine(Bound):
         journal.pre_hook(decoder.module, self._begin)
         journal.hook(decoder.module, self._end, always=True)
         self.signals.attach(journal, self._run)
+        self.heads.attach(journal, self._run)
         first = min([*self.borders, *self.signals.layers], default=len(decoder.layers))
         if decoder.reads_positions() or self.masks_everywhere:
             first = 0
@@ -96,6 +102,11 @@ class DecoderEngine(Bound):
     def _run(self) -> Run | None:
         run: Run | None = getattr(self.local, "run", None)
         return run
+
+    def current(self) -> tuple[Run | None, Tensor | None]:
+        """The pass under way, None where it is text alone, and the [B, L] mask that the model was called with."""
+        frame: Frame | None = getattr(self.local, "frame", None)
+        return self._run(), None if frame is None else frame.mask
 
     # The whole model -------------------------------------------------------------------------------------------
 
@@ -152,6 +163,7 @@ class DecoderEngine(Bound):
         if frame is not None and frame.visual:
             frame.seen = True
             refuse_rerun(self.decoder.layers[self.first_hooked :])
+            self.heads.check()
         elif state is None:
             if frame is not None:
                 self._check_no_placeholders(frame)
@@ -177,6 +189,7 @@ class DecoderEngine(Bound):
             mask = frame.mask
         windowed = bool(self.decoder.windows)
         run = Run(TokenSequence.open(embeds, mask, cache, state, windowed))
+        run.heads = dict(state.heads) if state is not None else {}
         if windowed and self.decoder.reads_positions():
             raise UnsupportedCallError(
                 "FlashAttention counts the window of sliding layers in slots, which is wrong once tokens are removed; "
@@ -261,6 +274,7 @@ class DecoderEngine(Bound):
         if run is None or output is None:
             return None
         missing = [str(s.site) for n, s in self.stages if run.images and n not in run.fired]
+        missing += self.heads.missing(run) if run.images else []
         if missing:
             raise InertPruningError(f"the hooks at {', '.join(missing)} did not run. {REPLACED}")
         is_tuple = isinstance(output, tuple)
@@ -280,13 +294,18 @@ class DecoderEngine(Bound):
         report = run.report
         if report is not None:
             report.layers = self._layer_reports(run, cache)
+            report.speaking = run.heads
+            if run.heads:
+                report.notes.append(SILENCED)
         elif tokens.state is not None:
             report = tokens.state.report
             report.decode_steps += 1
         if report is not None:
             self.publish(report)
         if cache is not None:
-            install(cache, tokens.cache_state(cache, self.owner, report))
+            fresh = tokens.cache_state(cache, self.owner, report)
+            fresh.heads = run.heads
+            install(cache, fresh)
 
     # Decoder layers --------------------------------------------------------------------------------------------
 
@@ -332,6 +351,11 @@ class DecoderEngine(Bound):
         tokens = run.tokens
         before, first = tokens.now, tokens.segments[0]
         if run.images:
+            repeated = run.memo is not None and all(n in run.memo.selections for n, _ in self.stages)
+            if self.signals.crossing and not repeated:
+                assert run.report is not None
+                with run.report.watches.setdefault(str(stages[0][1].site), Stopwatch(hidden.device)):
+                    self.signals.carry(run, layer, hidden)
             slot_of = tokens.slot_of(before)
             for number, stage in stages:
                 hidden = self._stage(
@@ -371,7 +395,8 @@ class DecoderEngine(Bound):
     def _make_mask(self, run: Run, segment: Segment, layer: int, hidden: Tensor) -> Any:
         kind = self.decoder.kinds[layer]
         if kind in run.ready:
-            return _gather_mask(run.ready[kind], segment)
+            ready = run.ready[kind]
+            return ready if segment.col is None else gather_mask(ready, segment.col, segment.valid)
         if kind not in self.decoder.windows:
             # Sized by this layer: those before it have taken up the new tokens already.
             return self.decoder.causal_mask(hidden, segment.all_valid, run.tokens.cache, layer)
@@ -497,20 +522,3 @@ def _ready_masks(given: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
     """Kind of layer -> 4D mask [B or 1, 1, L, L] among the masks given to a language model."""
     masks = given if isinstance(given, Mapping) else dict.fromkeys(kinds, given)
     return {k: m for k, m in masks.items() if isinstance(m, Tensor) and m.ndim == 4}
-
-
-def _gather_mask(mask: Tensor, segment: Segment) -> Tensor:
-    """Rows and columns of a square 4D mask [B or 1, 1, L, L] that belong to a segment's slots."""
-    if segment.col is None:
-        return mask
-    col = segment.col
-    mask = mask.expand(len(col), -1, -1, -1)
-    mask = mask.gather(2, col[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, col[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    if segment.valid is None:
-        return mask
-    hidden = ~segment.valid
-    # Padding sees itself, so that no row of the softmax is empty.
-    itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) & hidden.unsqueeze(-1)
-    shut, opened = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
-    return mask.masked_fill(hidden[:, None, None], shut).masked_fill(itself[:, None], opened)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from vtprune.engine.prompt import PromptImage
 from vtprune.engine.run import Run
 from vtprune.engine.sequence import Segment, gather_table
 from vtprune.integrations.base import Decoder
-from vtprune.method import DECODER_SIGNALS, INPUT_SIGNALS, Signal
+from vtprune.method import CARRIED_SIGNALS, DECODER_SIGNALS, INPUT_SIGNALS, Signal
 
 # Signals for which the last token's query suffices.
 LAST = ("text_attention",)
@@ -27,14 +27,20 @@ class DecoderSignals:
     Args:
         decoder: the model.
         wanted: (signal, site layer) pairs; a signal of the very layer at whose input a stage acts is computed ahead.
+        borders: layers at whose input tokens may be removed.
     """
 
-    def __init__(self, decoder: Decoder, wanted: Iterable[tuple[Signal, int | None]]) -> None:
+    def __init__(
+        self, decoder: Decoder, wanted: Iterable[tuple[Signal, int | None]], borders: Sequence[int] = ()
+    ) -> None:
         self.decoder = decoder
         pairs = [(s, site) for s, site in wanted if s.kind in DECODER_SIGNALS]
         self.needs_inputs = any(s.kind in INPUT_SIGNALS for s, _ in pairs)
         tapped = [s for s, site in pairs if s.kind not in INPUT_SIGNALS and s.layer != site]
         self.layers = sorted({s.layer for s in tapped})
+        self.crossing = {
+            s for s, site in pairs if s.kind in CARRIED_SIGNALS for b in borders if s.layer < b < (site or 0)
+        }
         self.all_queries = {s.layer for s in tapped if s.kind not in LAST}
 
     def attach(self, journal: Journal, run: Callable[[], Run | None]) -> None:
@@ -59,12 +65,30 @@ class DecoderSignals:
 
         return hook
 
+    def carry(self, run: Run, layer: int, hidden: Tensor) -> None:
+        """Measures what stages behind `layer` read of the layers in front of it, before tokens leave at its input."""
+        segment = run.tokens.now
+        for signal in self.crossing:
+            if not segment.first_layer <= signal.layer < layer or signal in run.carried:
+                continue
+            slot_of = run.tokens.slot_of(segment)
+            measured = self.measure(run, signal, hidden)
+            run.carried[signal] = {}
+            for image in run.images:
+                rows = measured(image, slot_of[image.row, image.cols[image.alive]])
+                full = rows.new_zeros(len(image.cols), *rows.shape[1:])
+                full[image.alive] = rows
+                run.carried[signal][id(image)] = full
+
     def measure(self, run: Run, signal: Signal, hidden: Tensor) -> Callable[[PromptImage, Tensor], Tensor]:
         """A signal of this pass, as a function (image, [K] slots of its tokens) -> token-first value.
 
         Args:
             hidden: [B, n_slots, D] states at the stage, for signals computed ahead.
         """
+        if signal in run.carried:
+            carried = run.carried[signal]
+            return lambda image, slots: carried[id(image)][image.alive]
         with torch.no_grad():
             if signal.kind in INPUT_SIGNALS:
                 return self._inputs(run, signal)

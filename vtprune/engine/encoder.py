@@ -70,7 +70,7 @@ class EncoderEngine(Bound):
     def _attach(self, journal: Journal, tower: VisionTower) -> None:
         journal.pre_hook(tower.entry, functools.partial(self._open, tower))
         journal.hook(tower.module, self._label)
-        for layer in sorted({s.layer for s in self.signals}):
+        for layer in sorted({s.layer for s in self.signals if s.kind != "patch_pixels"}):
             self._tap(journal, tower, layer)
         vit = [s for s in self.stages if s.site.kind == "vit"]
         if vit:
@@ -136,7 +136,11 @@ class EncoderEngine(Bound):
     ) -> None:
         if self.finish is not None or any(s.site.kind == "vit" for s in self.stages):
             refuse_rerun(tower.layers)
-        self.local.encoding = tower.open(args, kwargs, getattr(self.local, "call", None))
+        self.local.encoding = encoding = tower.open(args, kwargs, getattr(self.local, "call", None))
+        for signal, site in self.signals.items():
+            if signal.kind == "patch_pixels":
+                with self.watch(encoding, site, encoding.device), torch.no_grad():
+                    encoding.record(signal, tower.pixels(encoding))
         self.local.captured = {}
         self.history().append(self.local.encoding)
 
@@ -150,7 +154,7 @@ class EncoderEngine(Bound):
 
     def _tap(self, journal: Journal, tower: VisionTower, layer: int) -> None:
         tap = tower.tap(layer)
-        wanted = [s for s in self.signals if s.layer == layer]
+        wanted = [s for s in self.signals if s.layer == layer and s.kind != "patch_pixels"]
 
         def keep(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:

@@ -33,13 +33,17 @@ class Journal:
         """Registers a forward pre-hook `(module, args, kwargs) -> None | (args, kwargs)`."""
         self._add(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
+    def hook(
+        self, module: nn.Module, hook: Callable[..., Any], always: bool = False, first: bool = False
+    ) -> None:
         """Registers a forward hook `(module, args, kwargs, output) -> None | output`.
 
         Args:
             always: call it also when the forward raised (then `output` is None).
+            first: call it before the hooks that the module has already.
         """
-        self._add(module, module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=first)
+        self._add(module, handle)
 
     def _add(self, module: nn.Module, handle: RemovableHandle) -> None:
         self._undo.append(handle.remove)

@@ -59,11 +59,13 @@ class Memo:
         ids: [B, L] prompt they were made for.
         length: tokens per row in the last step.
         selections: stage number -> one selection per image.
+        heads: decoder layer -> heads that speak from it on, see :class:`~vtprune.engine.run.Run`.
     """
 
     ids: Tensor
     length: int
     selections: dict[int, list[Selection]] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Memos:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtprune.engine.prompt import Memo, PromptImage
 from vtprune.engine.sequence import TokenSequence
+from vtprune.method import Signal
 from vtprune.report import Report
 
 
@@ -23,6 +24,9 @@ class Run:
         memo: decisions to repeat instead of deciding again.
         report: None when the pass holds no visual tokens.
         captured: (layer, "q" | "k") -> projected queries or keys, unrotated; last-token queries where these suffice.
+        carried: signal -> (id of a prompt image -> its value [N, ...] on the image's full grid), measured before a removal.
+        heads: decoder layer -> [B, H] bool, heads that speak in it and in the layers up to the next such layer.
+        head_outputs: decoder layer -> [B, H] sum of the absolute entries of every head's output.
         embeds: [B, L, D] embeddings at the input of the language model, before anything is removed.
         fired: numbers of the stages that decided.
     """
@@ -33,6 +37,9 @@ class Run:
     memo: Memo | None = None
     report: Report | None = None
     captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    carried: dict[Signal, dict[int, Tensor]] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    head_outputs: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     fired: set[int] = field(default_factory=set)
 

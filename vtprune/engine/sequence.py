@@ -253,6 +253,24 @@ def gather_positions(ids: Tensor, index: Tensor) -> Tensor:
     return ids.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, -1, -1))
 
 
+def gather_mask(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows and columns `index` [B, K] of a square 4D mask [B or 1, H or 1, L, L].
+
+    Args:
+        valid: [B, K] bool, False for slots that nobody may see; None when there are none.
+    """
+    mask = mask.expand(len(index), -1, -1, -1)
+    mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+    if valid is None:
+        return mask
+    hidden = ~valid
+    # Padding sees itself, so that no row of the softmax is empty.
+    itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) & hidden.unsqueeze(-1)
+    shut, opened = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
+    return mask.masked_fill(hidden[:, None, None], shut).masked_fill(itself[:, None], opened)
+
+
 def gather_table(table: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, K] of a rotary table [..., B or 1, L, D]."""
     lead = table.shape[:-3]

@@ -23,6 +23,7 @@ from vtprune.methods.prumerge import PruMerge as PruMerge
 from vtprune.methods.prumerge_plus import PruMergePlus as PruMergePlus
 from vtprune.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtprune.methods.random import Random as Random
+from vtprune.methods.random_ltd import RandomLTD as RandomLTD
 from vtprune.methods.rollout import Rollout as Rollout
 from vtprune.methods.sparsevlm import SparseVLM as SparseVLM
 from vtprune.methods.spatten import SpAtten as SpAtten

@@ -13,6 +13,7 @@ import torch
 
 from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, check_keep, resolve_layer
+from vtprune.scoring import rounded
 from vtprune.selection import Selection
 
 
@@ -61,6 +62,43 @@ class Schedule:
             if counts[i] < most and abs(missing - span) < abs(missing):
                 counts[i] += 1
         return counts
+
+
+def three_counts(
+    n: int, average: float, spans: Sequence[int], first: float, second: float
+) -> tuple[int, int, int]:
+    """Tokens of `n` behind three stages, `average` on average over the layers that follow them.
+
+    The third count follows from the budget. Where it cannot, the second and then the first give way, and among the
+    neighbours of the wanted counts those are taken that come nearest.
+
+    Args:
+        spans: layers behind each stage; the last one may be 0.
+        first, second: wanted counts behind the first two stages.
+    """
+    one, two, three = spans
+    budget = average * sum(spans)
+    a0 = min(n, max(1, rounded(first)))
+    b0 = min(a0, max(1, rounded(second)))
+    if a0 * one + b0 * (two + three) < budget:
+        b0 = math.ceil((budget - a0 * one) / (two + three))
+        if b0 > a0:
+            a0 = b0 = min(n, max(1, math.ceil(average)))
+    elif a0 * one + b0 * two + three > budget:
+        b0 = min(b0, max(1, math.floor((budget - a0 * one - three) / max(two, 1))))
+        if a0 * one + b0 * two + three > budget:
+            a0 = min(a0, max(1, math.floor((budget - two - three) / one)))
+    best: tuple[float, tuple[int, int, int]] = (math.inf, (1, 1, 1))
+    for step in range(9):
+        a = min(n, max(1, a0 + (0, -1, 1)[step // 3]))
+        b = min(a, max(1, b0 + (0, -1, 1)[step % 3]))
+        c = min(b, max(1, rounded((budget - a * one - b * two) / three))) if three else b
+        best = min(best, (abs(budget - a * one - b * two - c * three), (a, b, c)), key=lambda x: x[0])
+        if (
+            best[0] <= max(spans) / 2
+        ):  # as near as whole tokens allow, and first of all with the wanted counts
+            break
+    return best[1]
 
 
 class StageView(View):

@@ -53,4 +53,4 @@ def _lines() -> Iterator[str]:
 def _mark(cell: Support) -> str:
     if not cell.works:
         return "no"
-    return ", ".join(f"{k}={v}" for k, v in cell.options.items()) or "yes"
+    return ", ".join(f"{k}={v}" for k, v in cell.options.items()) or ("training" if cell.training else "yes")
