@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ WITHOUT_BUDGET = (DENSE, NO_IMAGE, "keep-all")
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of LLaVA-1.5's 576 tokens
 DRAWS = 3
 EVERY = "all"
+SEPARATOR = re.compile(r",(?=\w+=|$)|,(?![^(\[]*[)\]])")  # not the commas inside (1, 2) or [1, 2]
 # What a comparison without further wishes runs: a few minutes on two cores.
 DEFAULT_METHODS = ("vtprune", "divprune", "fastv", "visionzip", "vtc-cls")
 
@@ -120,7 +122,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     if name not in known:
         raise UnknownMethodError(f"there is no method {name!r}. {did_you_mean(name, known)}")
     options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, SEPARATOR.split(rest)):
         option, equals, value = part.partition("=")
         if not equals:
             raise InvalidOptionError(f"{part!r} in {text!r} is no option; write it as name:option=value.")

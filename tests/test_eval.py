@@ -159,6 +159,11 @@ def test_options_of_methods():
         "vtc-cls",
         {"first_layer": -1, "scorer": "received"},
     )
+    assert parse_method("sparsevlm:layers=(2, 4, 5),counts=[16,16,16],recycle=0.1")[1] == {
+        "layers": (2, 4, 5),
+        "counts": [16, 16, 16],
+        "recycle": 0.1,
+    }
     plan = plan_settings(["random:seed=5", "stride:keep=7"], [4], [36])
     assert plan[1:] == [Setting("random", 4, (("seed", 5),)), Setting("stride", 7)]
     with pytest.raises(vtprune.UnknownMethodError, match="vtc-cls"):

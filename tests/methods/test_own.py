@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 from methods.views import make_view
 
 import vtprune
-from vtprune.method import Signal
+from vtprune.method import Signal, SignalKind
 from vtprune.methods.own import VTPrune
 
 
 def literal(
-    features: np.ndarray, attention: list[np.ndarray], k: int, theta: float, beta: float
+    features: np.ndarray, attention: list[list[np.ndarray]], k: int, theta: float, beta: float
 ) -> tuple[list[int], np.ndarray]:
     """Chosen tokens, sorted, and the [k, N] matrix that makes survivors of all tokens."""
     n = len(features)
-    importance = [sum(a[:, j].mean() for a in attention) / len(attention) for j in range(n)]
-    weight = [max(i, 0.0) ** theta for i in importance]
+    importance = [0.0] * n
+    for layers in attention:
+        share = [sum(a[:, j].mean() for a in layers) / len(layers) for j in range(n)]
+        for j in range(n):
+            importance[j] += share[j] / (sum(share) / n)
+    weight = [i**theta for i in importance]
     unit = [f / max(np.linalg.norm(f), 1e-12) for f in features]
     cosine = [[float(unit[i] @ unit[j]) for j in range(n)] for i in range(n)]
     chosen = [int(np.argmax(weight))]
@@ -53,22 +57,35 @@ def literal(
     st.integers(1, 3),
     st.sampled_from([0.0, 0.5, 1.0]),
     st.sampled_from([0.0, 0.2, 1.0]),
+    st.sampled_from([("cls_attention",), ("received_attention",), ("cls_attention", "received_attention")]),
     st.integers(0, 10**6),
     st.data(),
 )
 def test_choice_and_weights(
-    g: int, n: int, heads: int, layers: int, theta: float, beta: float, seed: int, data: st.DataObject
+    g: int,
+    n: int,
+    heads: int,
+    layers: int,
+    theta: float,
+    beta: float,
+    kinds: tuple[SignalKind, ...],
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     k = data.draw(st.integers(1, n))
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(g, n, 5, generator=generator)
     signals = {
-        Signal("cls_attention", layer): torch.rand(g, heads, n, generator=generator) + 0.01
+        Signal(kind, layer): torch.rand(g, heads, n, generator=generator) + 0.01
+        for kind in kinds
         for layer in range(layers)
     }
     selection = VTPrune(keep=k, theta=theta, beta=beta).decide(make_view(features, signals, k))
     for i in range(g):
-        attention = [s[i].double().numpy() for s in signals.values()]
+        attention = [
+            [value[i].double().numpy() for signal, value in signals.items() if signal.kind == kind]
+            for kind in kinds
+        ]
         chosen, mix = literal(features[i].double().numpy(), attention, k, theta, beta)
         assert selection.index[i].tolist() == chosen
         found = selection.image(i).apply(torch.eye(n))
