@@ -23,7 +23,8 @@ def budget(row: Row) -> str:
     return "–" if row.keep is None else str(row.keep)  # noqa: RUF001 - a dash as tables have it
 
 
-def _short(row: Row) -> str:
+def short(row: Row) -> str:
+    """Accuracy and standard error in whole percent."""
     return f"{100 * row.accuracy:.0f}" + ("" if row.stderr is None else f" ±{100 * row.stderr:.0f}")
 
 
@@ -55,7 +56,7 @@ def accuracy_table(rows: Sequence[Row], split: str) -> Table:
             before,
             budget(row),
             str(row.visual_tokens_out),
-            *(_short(setting[task]) for task in tasks),
+            *(short(setting[task]) for task in tasks),
             percent(row.accuracy, row.stderr),
             percent(row.retained),
         )
@@ -122,37 +123,3 @@ def cost_table(rows: Sequence[Row]) -> Table:
                 f"{row.peak_mib:.1f}",
             )
     return table
-
-
-def markdown_table(rows: Sequence[Row], split: str) -> str:
-    """Accuracy and cost of one split as a Markdown table, for README; cost as ratios to the dense model."""
-    settings = by_setting(rows, split)
-    tasks = [task for task in settings[0] if task != ALL]
-    dense = settings[0][ALL]
-    names = [
-        "method",
-        "keep",
-        "layer average",
-        *tasks,
-        "all",
-        "retained",
-        "FLOPs",
-        "KV cache",
-        "time to first token",
-    ]
-    lines = ["| " + " | ".join(names) + " |", "|---" * 2 + "|--:" * (len(names) - 2) + "|"]
-    for setting in settings:
-        row = setting[ALL]
-        cells = [
-            label(row),
-            budget(row),
-            f"{row.layer_average_tokens:.0f}",
-            *(_short(setting[task]) for task in tasks),
-            percent(row.accuracy, row.stderr),
-            percent(row.retained),
-            f"{row.flops / dense.flops:.2f}",
-            f"{row.kv_bytes / dense.kv_bytes:.2f}",
-            f"{row.ttft_ms / dense.ttft_ms:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
