@@ -105,7 +105,11 @@ def options_of(method: str, family: str, keep: float = 5) -> dict[str, Any]:
     if family != "clip" and "scorer" in names:
         options["scorer"] = "received"
     # Merging between decoder layers is judged in contract/; here it is off.
-    options |= {"sparsevlm": {"recycle": 0.0}, "atp-llava": {"threshold": "quantile"}, "as-vit": {"threshold": "topk"}}.get(method, {})
+    options |= {
+        "sparsevlm": {"recycle": 0.0},
+        "atp-llava": {"threshold": "quantile"},
+        "as-vit": {"threshold": "topk"},
+    }.get(method, {})
     return options
 
 
