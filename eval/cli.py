@@ -32,6 +32,7 @@ from .results import COMPARISONS, PREDICTIONS, REPORT, RESULTS, JsonLines, Row, 
 from .settings import CONTROLS, DEFAULT_METHODS, EVERY, Setting, parse_method, plan_settings
 from .show import open_picture, show
 from .tables import accuracy_table, comparison_table, cost_table
+from .training import command as training
 from .world import KINDS, SPLITS, Example, examples, reference_dir
 
 MAIN_SPLIT, SIDE_SPLIT = "test", "unseen_style"
@@ -196,6 +197,18 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(run=_show)
 
     _add_search(commands.add_parser, model)
+    training.add_arguments(
+        commands.add_parser(
+            "train",
+            parents=[model],
+            help=training.TITLE,
+            description=training.DESCRIPTION,
+            epilog=training.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ),
+        _keep,
+        _load,
+    )
 
     commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
     three = commands.add_parser("models", help="list supported model families")

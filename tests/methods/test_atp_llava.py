@@ -19,6 +19,7 @@ from vtprune.layout import TokenLayout
 from vtprune.method import ModelFacts, Signal, View
 from vtprune.methods import create
 from vtprune.methods.staged import part_of
+from vtprune.methods.weights import save
 
 QUERIES = Signal("decoder_queries", 4)
 KEYS = Signal("decoder_keys", 4)
@@ -48,6 +49,11 @@ def spatial(stage: int, index: list[int], cols: int) -> list[float]:
     return [value if i // cols % rows_step == 0 and i % cols % cols_step == 0 else 0.0 for i in index]
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights") / "atp.safetensors"
+
+
 def weights_of(seed: int, n: int, width: int = 3) -> dict[str, Tensor]:
     shapes = {
         "project.weight": (width, 2 * n),
@@ -56,7 +62,7 @@ def weights_of(seed: int, n: int, width: int = 3) -> dict[str, Tensor]:
         "thresholds.bias": (2,),
     }
     return {
-        f"{stage}.{name}": normal(seed + stage, *shape)
+        f"{stage}.{name}": normal(seed + stage, *shape).float()
         for stage in range(3)
         for name, shape in shapes.items()
     }
@@ -102,15 +108,18 @@ def test_quantile(seed: int, images: int, rows: int, cols: int, stage: int, data
 
 @EXAMPLES
 @given(*SHAPES)
-def test_learned(seed: int, images: int, rows: int, cols: int, stage: int, data: st.DataObject) -> None:
+def test_learned(
+    file: Path, seed: int, images: int, rows: int, cols: int, stage: int, data: st.DataObject
+) -> None:
     n = rows * cols
     alive = data.draw(st.integers(1, n))
     view, attention = case(seed, images, rows, cols, alive)
     weights = weights_of(seed, n)
-    method: Any = create("atp-llava", weights=weights)
+    save(file, weights, {})
+    method: Any = create("atp-llava", weights=file)
     chosen = method.decide(part_of(view, range(images), view.k, stage))
     w, b, v, c = (
-        weights[f"{stage}.{name}"].numpy()
+        weights[f"{stage}.{name}"].double().numpy()
         for name in ("project.weight", "project.bias", "thresholds.weight", "thresholds.bias")
     )
     for g in range(images):
@@ -127,21 +136,20 @@ def test_learned(seed: int, images: int, rows: int, cols: int, stage: int, data:
         assert lists(chosen)[g] == kept
 
 
-def test_weights(tmp_path: Path) -> None:
+def test_weights(file: Path) -> None:
     facts = ModelFacts("test", 4, 32, frozenset(["decoder"]), {}, {})
-    with pytest.raises(vtprune.UnsupportedMethodError, match="training run"):
+    with pytest.raises(vtprune.UnsupportedMethodError, match="vtprune train atp-llava"):
         create("atp-llava").stages(facts)
     weights = weights_of(0, 12)
-    torch.save(weights, tmp_path / "atp.pt")
-    method = create("atp-llava", weights=tmp_path / "atp.pt")
+    save(file, weights, {})
+    method = create("atp-llava", weights=file)
     assert [stage.site.layer for stage in method.stages(facts)] == [5, 15, 25]
     assert [stage.keep for stage in method.stages(facts)] == [None] * 3
-    view, _ = case(0, 2, 3, 4, 9)
-    assert lists(method.stages(facts)[1].decide(view)) == lists(
-        create("atp-llava", weights=weights).stages(facts)[1].decide(view)
-    )
     with pytest.raises(vtprune.VTPruneError, match="pictures of 12 tokens, not of"):
         method.stages(facts)[0].decide(case(0, 1, 2, 2, 3)[0])
     del weights["1.project.bias"]
+    save(file, weights, {})
     with pytest.raises(vtprune.InvalidOptionError, match=r"1\.project\.bias"):
-        create("atp-llava", weights=weights)
+        method.stages(facts)
+    with pytest.raises(vtprune.InvalidOptionError, match="cannot be read"):
+        create("atp-llava", weights=file.with_name("none")).stages(facts)
