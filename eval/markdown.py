@@ -64,7 +64,8 @@ def summary_table(rows: Sequence[Row], split: str) -> str:
     methods: dict[str, list[dict[str, Row]]] = {}
     for setting in settings:
         methods.setdefault(label(setting[ALL]), []).append(setting)
-    budgets = sorted({s[ALL].keep for s in settings if s[ALL].keep is not None}, reverse=True)
+    keeps = [s[ALL].keep for s in settings]
+    budgets = sorted({keep for keep in keeps if keep is not None}, reverse=True)
     tasks = [task for task in settings[0] if task != ALL]
     names = [
         "method",
