@@ -141,8 +141,8 @@ def plan_settings(
     """The settings of a comparison, dense first.
 
     Args:
-        methods: as for :func:`parse_method`, or "all" for all registered methods; None for `DEFAULT_METHODS`. Both
-            come with all controls. The dense model always runs, because every other number is compared with it.
+        methods: as for :func:`parse_method`; "all" among them stands for all registered methods, None for
+            `DEFAULT_METHODS`. Both come with all controls. The dense model always runs, because every other number is compared with it.
         budgets: ints or floats as for `vtprune.patch`; None for a third, two ninths and a ninth of the tokens.
         tokens: visual tokens of some representative pictures.
 
@@ -158,7 +158,8 @@ def plan_settings(
     if methods is None or EVERY in methods:
         chosen = DEFAULT_METHODS if methods is None else vtprune.list_methods()
         registered = [m for m in chosen if m not in ("keep-all", "random", "stride")]
-        methods = [NO_IMAGE, "keep-all", *registered, "random", "stride", DOWNSAMPLE]
+        others = [m for m in methods or () if m != EVERY]
+        methods = [NO_IMAGE, "keep-all", *registered, *others, "random", "stride", DOWNSAMPLE]
     settings = [Setting(DENSE)]
     for name, options in map(parse_method, methods):
         settings += _settings_of(name, options, budgets)

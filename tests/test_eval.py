@@ -149,6 +149,8 @@ def test_default_plan_holds_every_control_and_all_means_all():
     assert {s.method for s in plan} == {*settings.DEFAULT_METHODS, *controls}
     everything = plan_settings(["all"], None, [144, 144])
     assert {s.method for s in everything} == {*vtprune.list_methods(), *settings.CONTROLS}
+    more = plan_settings(["all", "vtc-cls:first_layer=0"], None, [144, 144])
+    assert {*more} == {*everything, *plan_settings(["vtc-cls:first_layer=0"], None, [144, 144])}
     assert [s.keep for s in plan if s.method == "stride"] == [48, 32, 16]
     assert all(s.draws == (0, 1, 2) for s in plan if s.method == "random")
     assert [s.keep for s in plan_settings(["stride"], None, [100, 200])] == [None, 0.33, 0.22, 0.11]
