@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from torch import nn
 
 import vtprune
 from vtprune import methods
+from vtprune.combining import BETWEEN, has_budget, split_options
 from vtprune.errors import InvalidOptionError, UnknownMethodError, UnsupportedMethodError, did_you_mean
 from vtprune.method import check_keep, resolve_keep
 from vtprune.methods import files
@@ -33,7 +32,6 @@ WITHOUT_BUDGET = (DENSE, NO_IMAGE, "keep-all")
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of LLaVA-1.5's 576 tokens
 DRAWS = 3
 EVERY = "all"
-SEPARATOR = re.compile(r",(?=\w+=|$)|,(?![^(\[]*[)\]])")  # not the commas inside (1, 2) or [1, 2]
 # What a comparison without further wishes runs: a few minutes on two cores.
 DEFAULT_METHODS = ("vtprune", "divprune", "fastv", "visionzip", "vtc-cls")
 
@@ -108,7 +106,8 @@ class Setting:
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """Splits "name" or "name:option=value,option=value"; values are Python literals, anything else is a string.
 
-    The name may also be a file that `vtprune search` wrote, which has its own options.
+    The name may also be a file that `vtprune search` wrote, which has its own options, or a combination
+    "scorer|part|part" (:mod:`vtprune.combining`), whose parts have theirs.
 
     Raises:
         UnknownMethodError: no such method and no such control.
@@ -117,19 +116,13 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     if files.names_file(text):
         files.load(text)
         return text, {}
-    name, _, rest = text.partition(":")
+    if BETWEEN in text:
+        methods.create(text, **({} if has_budget(text) else {"keep": 1.0}))
+        return text, {}
+    name, options = split_options(text)
     known = [*vtprune.list_methods(), *CONTROLS]
     if name not in known:
         raise UnknownMethodError(f"there is no method {name!r}. {did_you_mean(name, known)}")
-    options: dict[str, Any] = {}
-    for part in filter(None, SEPARATOR.split(rest)):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise InvalidOptionError(f"{part!r} in {text!r} is no option; write it as name:option=value.")
-        try:
-            options[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value
     if options and name in CONTROLS:
         raise InvalidOptionError(f"the control {name!r} takes no options, got {json.dumps(options)}.")
     return name, options
@@ -170,6 +163,8 @@ def _settings_of(name: str, options: Mapping[str, Any], budgets: Sequence[int | 
     given = tuple(options.items())
     if files.names_file(name):
         return [Setting(name, files.load(name).keep)]
+    if BETWEEN in name and has_budget(name):
+        return [Setting(name, None, given)]
     if name in WITHOUT_BUDGET or (name in methods.REGISTRY and methods.REGISTRY[name].training_only):
         return [Setting(name, None, given)]
     if "keep" in options:

@@ -166,6 +166,11 @@ def test_options_of_methods():
         "counts": [16, 16, 16],
         "recycle": 0.1,
     }
+    (_, one) = plan_settings(["rollout|farthest|merge:beta=0.1"], [4], [36])
+    assert one == Setting("rollout|farthest|merge:beta=0.1", 4)
+    assert plan_settings(["vtc-cls|outliers"], [4], [36])[1:] == [Setting("vtc-cls|outliers")]
+    with pytest.raises(vtprune.InvalidOptionError, match="farthest"):
+        parse_method("rollout|fartest")
     plan = plan_settings(["random:seed=5", "stride:keep=7"], [4], [36])
     assert plan[1:] == [Setting("random", 4, (("seed", 5),)), Setting("stride", 7)]
     with pytest.raises(vtprune.UnknownMethodError, match="vtc-cls"):

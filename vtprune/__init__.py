@@ -6,6 +6,7 @@ Importing it changes nothing in any other library.
 from __future__ import annotations
 
 from vtprune import methods
+from vtprune.combining import combine
 from vtprune.errors import (
     AlreadyPatchedError,
     InertPruningError,
@@ -18,7 +19,7 @@ from vtprune.errors import (
     VTPruneError,
 )
 from vtprune.layout import TokenLayout
-from vtprune.method import Bypass, BypassView, Method, ModelFacts, Signal, Site, Stage, View, compose
+from vtprune.method import Bypass, BypassView, Method, ModelFacts, Scored, Signal, Site, Stage, View, compose
 from vtprune.patch import ModelSupport, Patch, list_methods, list_models, patch, unpatch
 from vtprune.report import Report
 from vtprune.selection import Selection
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteScoresError",
     "Patch",
     "Report",
+    "Scored",
     "Selection",
     "Signal",
     "Site",
@@ -48,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "VTPruneError",
     "View",
+    "combine",
     "compose",
     "list_methods",
     "list_models",

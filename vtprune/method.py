@@ -467,6 +467,21 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scored(Method):
+    """Base of methods with one score per token, by default of those that keep the k largest.
+
+    Their scores can be combined with other transforms, budgets, selectors and reducers, see :mod:`vtprune.combining`.
+    """
+
+    @abstractmethod
+    def scores(self, view: View) -> Tensor:
+        """[G, N], the larger the better."""
+
+    def decide(self, view: View) -> Selection:
+        return Selection.topk(self.scores(view), view.k)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises InvalidOptionError unless `value` is one of `choices`."""
     if value not in choices:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtprune.selection import Selection, check_finite, merged
+
 # Share of a token's own weight below which nothing of it is left to explain.
 EXHAUSTED = 1e-6
 
@@ -89,3 +91,43 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     to_centres = distance.gather(1, centres.unsqueeze(-1).expand(-1, -1, x.shape[1]))
     number = torch.arange(clusters, device=x.device).expand_as(centres)
     return centres, to_centres.argmin(1).scatter(1, centres, number)
+
+
+def farthest_first(weight: Tensor, distance: Tensor, k: int) -> Tensor:
+    """Greedy choice of k tokens by weight times distance to the nearest chosen one; [G, k], in order of choice.
+
+    Args:
+        weight: [G, N] non-negative.
+        distance: [G, N, N].
+    """
+    check_finite(weight)
+    check_finite(distance)
+    image = torch.arange(len(weight), device=weight.device)
+    chosen = weight.argmax(-1)
+    order = [chosen]
+    nearest = torch.full_like(weight, float("inf"))
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, distance[image, chosen].clamp(min=0))
+        nearest[image, chosen] = float("-inf")
+        chosen = (weight * nearest).where(nearest >= 0, nearest).argmax(-1)
+        order.append(chosen)
+    return torch.stack(order, 1)
+
+
+def merged_into_closest(features: Tensor, kept: Tensor, beta: float) -> Selection:
+    """Dropped tokens join the survivor of largest cosine c with weight beta max(c, 0) against its 1, normalised.
+
+    Args:
+        features: [G, N, D].
+        kept: [G, k] survivors; of equally close ones the first in this order counts.
+        beta: 0 discards the others.
+    """
+    n = features.shape[1]
+    if beta == 0 or kept.shape[1] == n:
+        return Selection.of(kept)
+    vectors = normalize(features.float(), dim=-1)
+    closest, slot = (vectors @ vectors.transpose(1, 2)).gather(2, kept[:, None].expand(-1, n, -1)).max(-1)
+    target = kept.gather(1, slot).scatter(1, kept, kept)
+    weight = (beta * closest.clamp(min=0)).scatter(1, kept, 1.0)
+    total = torch.zeros_like(weight).scatter_add(1, target, weight)
+    return merged(kept, target, weight / total.gather(1, target))

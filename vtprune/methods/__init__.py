@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from vtprune import combining
 from vtprune.errors import InvalidOptionError, UnknownMethodError, did_you_mean
 from vtprune.method import Method, Sequential
 from vtprune.methods.act import ACT as ACT
@@ -57,12 +59,15 @@ def method_class(name: str) -> type[Method]:
 
 
 def create(name: str, **options: object) -> Method:
-    """A method from its registry key and options.
+    """A method from its registry key and options, or a combination from "scorer|part|part" (:mod:`vtprune.combining`).
 
     Raises:
         UnknownMethodError: no such key.
         InvalidOptionError: unknown, missing or out-of-range option.
     """
+    if combining.BETWEEN in name:
+        keep: Any = options.pop("keep", None)
+        return combining.parse(name, keep, **options)
     cls = method_class(name)
     known = [f.name for f in dataclasses.fields(cls)]
     for option in options:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from vtprune.errors import InvalidOptionError
-from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, check_choice, resolve_layer
 from vtprune.scoring import desink
-from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class ACT(Method):
+class ACT(Scored):
     """Training-free, text-agnostic; keeps the tokens that [CLS] attends to once attention sinks are calibrated.
 
         a = sum over heads h of desink(A_h[CLS, .]) / H
@@ -55,6 +56,6 @@ class ACT(Method):
         layer = resolve_layer(self.layer, facts.encoder_layers, "layer")
         return (Signal("cls_attention" if self.scorer == "cls" else "received_attention", layer),)
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         (attention,) = (view[signal] for signal in view.signals)
-        return Selection.topk(desink(attention.float(), self.threshold, self.beta).mean(1), view.k)
+        return desink(attention.float(), self.threshold, self.beta).mean(1)

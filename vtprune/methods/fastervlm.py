@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
-from vtprune.selection import Selection
+from torch import Tensor
+
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(Method):
+class FasterVLM(Scored):
     """Training-free, text-agnostic; prunes before the projector.
 
         s_j = mean_h A_h[CLS, j] in the last ViT layer that reaches the features,   keep = argtopk(s, k)
@@ -40,6 +41,6 @@ class FasterVLM(Method):
         last = facts.encoder_layers - 1
         return (Signal("cls_attention" if self.scorer == "cls" else "received_attention", last),)
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         (attention,) = (view[signal] for signal in view.signals)
-        return Selection.topk(attention.mean(1), view.k)
+        return attention.mean(1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtprune.method import Method, ModelFacts, Signal, Site, View, resolve_layer
-from vtprune.selection import Selection
+from torch import Tensor
+
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, resolve_layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Method):
+class FastV(Scored):
     """Training-free, text-aware; prunes once, at the input of decoder layer K.
 
         s_j = mean_h A^{K-1}_h[last prompt token, j],   keep = argtopk(s, k)
@@ -37,6 +38,6 @@ class FastV(Method):
             Signal("text_attention", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1) - 1),
         )
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         (attention,) = (view[signal] for signal in view.signals)
-        return Selection.topk(attention.mean(1), view.k)
+        return attention.mean(1)

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtprune.errors import InvalidOptionError
-from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
-from vtprune.selection import Selection, check_finite, merged
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, check_choice, resolve_layer
+from vtprune.selecting import farthest_first, merged_into_closest
+from vtprune.selection import Selection
 from vtprune.space import Range, Space
 
 
 @dataclass(frozen=True, kw_only=True)
-class VTPrune(Method):
+class VTPrune(Scored):
     """Training-free, text-agnostic; our own default, with and without [CLS].
 
         c_j, r_j = mean over layers l >= first_layer and heads of A^l_h[CLS, j], and of the attention that j receives
@@ -71,8 +72,7 @@ class VTPrune(Method):
         first = resolve_layer(self.first_layer, depth, "first_layer")
         return tuple(Signal(kind, layer) for kind in kinds for layer in range(first, depth))
 
-    def importance(self, view: View) -> Tensor:
-        """a [G, N]."""
+    def scores(self, view: View) -> Tensor:
         total = torch.zeros(view.features.shape[:2], device=view.features.device)
         for kind in ("cls_attention", "received_attention"):
             layers = [view[signal].float().mean(1) for signal in view.signals if signal.kind == kind]
@@ -82,34 +82,6 @@ class VTPrune(Method):
         return total
 
     def decide(self, view: View) -> Selection:
-        unit = normalize(view.features.float(), dim=-1)
-        similarity = unit @ unit.transpose(1, 2)  # [G, N, N]
-        kept = weighted_farthest_first(self.importance(view) ** self.theta, 1 - similarity, view.k)
-        if self.beta == 0 or view.k == view.n:
-            return Selection.of(kept)
-        closest, slot = similarity.gather(2, kept[:, None].expand(-1, view.n, -1)).max(-1)
-        target = kept.gather(1, slot).scatter(1, kept, kept)
-        weight = (self.beta * closest.clamp(min=0)).scatter(1, kept, 1.0)
-        total = torch.zeros_like(weight).scatter_add(1, target, weight)
-        return merged(kept, target, weight / total.gather(1, target))
-
-
-def weighted_farthest_first(weight: Tensor, distance: Tensor, k: int) -> Tensor:
-    """Greedy choice of k tokens by weight times distance to the nearest chosen one; [G, k], in order of choice.
-
-    Args:
-        weight: [G, N] non-negative.
-        distance: [G, N, N].
-    """
-    check_finite(weight)
-    check_finite(distance)
-    image = torch.arange(len(weight), device=weight.device)
-    chosen = weight.argmax(-1)
-    order = [chosen]
-    nearest = torch.full_like(weight, float("inf"))
-    for _ in range(k - 1):
-        nearest = torch.minimum(nearest, distance[image, chosen].clamp(min=0))
-        nearest[image, chosen] = float("-inf")
-        chosen = (weight * nearest).where(nearest >= 0, nearest).argmax(-1)
-        order.append(chosen)
-    return torch.stack(order, 1)
+        vectors = normalize(view.features.float(), dim=-1)
+        kept = farthest_first(self.scores(view) ** self.theta, 1 - vectors @ vectors.transpose(1, 2), view.k)
+        return merged_into_closest(view.features, kept, self.beta)

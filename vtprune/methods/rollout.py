@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, check_choice, resolve_layer
 from vtprune.scoring import rollout
-from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout(Method):
+class Rollout(Scored):
     """Training-free, text-agnostic; keeps the tokens whose input flows most into [CLS].
 
         A'_l = (A_l + I) / 2, rows renormalised, A_l head-mean;   R = A'_L .. A'_1;   s_j = R[CLS, j]
@@ -50,7 +50,7 @@ class Rollout(Method):
         # Read for what it proves alone: that row 0 of the maps is [CLS].
         return (*maps, Signal("cls_key", depth - 1)) if self.scorer == "cls" else maps
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         maps = [view[signal] for signal in view.signals if signal.kind == "attention_map"]
         p = maps[0].shape[-1] - view.n
         queries = torch.zeros_like(maps[0][:, 0], dtype=torch.float32)
@@ -58,4 +58,4 @@ class Rollout(Method):
             queries[:, 0] = 1
         else:
             queries[:, p:] = 1 / view.n
-        return Selection.topk(rollout(maps, queries)[:, p:], view.k)
+        return rollout(maps, queries)[:, p:]

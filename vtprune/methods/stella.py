@@ -7,14 +7,15 @@ from typing import ClassVar
 from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from vtprune.errors import InvalidOptionError
-from vtprune.method import Method, ModelFacts, Signal, Site, View, resolve_layer
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, resolve_layer
 from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stella(Method):
+class Stella(Scored):
     """Text-aware, random; draws tokens without replacement, weighted by localized importance.
 
         I_j = mean_{h, q} softmax_j(q . k_j / (sqrt(d) temperature)) over the visual tokens j,   S ~ I without replacement
@@ -53,12 +54,15 @@ class Stella(Method):
             Signal("prompt_attention", resolve_layer(self.layer, facts.decoder_layers, "layer", first=1) - 1),
         )
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         (attention,) = (view[signal].float() for signal in view.signals)  # [G, H, T, N]
         # Rows of zeros fill up shorter prompts; text in front of the picture does not see it either.
         real = attention.sum(-1, keepdim=True) > 0
         sharp = (attention.log() / self.temperature).softmax(-1).where(real, 0)
-        importance = sharp.mean((1, 2))
+        return sharp.mean((1, 2))
+
+    def decide(self, view: View) -> Selection:
+        importance = self.scores(view)
         race = []
         for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
             generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice, resolve_layer
-from vtprune.selection import Selection
+from vtprune.method import ModelFacts, Scored, Signal, Site, View, check_choice, resolve_layer
 from vtprune.space import Range, Space
 
 
 @dataclass(frozen=True, kw_only=True)
-class VTCCls(Method):
+class VTCCls(Scored):
     """Training-free, text-agnostic; keeps the tokens that [CLS] attends to over an ensemble of layers.
 
         s_j = sum_{l = first_layer}^{L - 1} mean_h A^l_h[CLS, j],   keep = argtopk(s, k)
@@ -57,6 +57,6 @@ class VTCCls(Method):
             for layer in range(resolve_layer(self.first_layer, depth, "first_layer"), depth)
         )
 
-    def decide(self, view: View) -> Selection:
+    def scores(self, view: View) -> Tensor:
         layers = [view[signal].mean(1) for signal in view.signals]
-        return Selection.topk(torch.stack(layers).sum(0), view.k)
+        return torch.stack(layers).sum(0)
