@@ -70,6 +70,18 @@ MUTANTS = (
         "{layer: alive for layer",
     ),
     Mutant(
+        "separators count as text",
+        "vtprune/engine/run.py",
+        "            text &= ~self.placeholders[row]\n",
+        "            for image in self.images:\n                if image.row == row:\n                    text[image.cols] = False\n",
+    ),
+    Mutant(
+        "signals of bidirectional prompts as if causal",
+        SIGNALS,
+        "            if kind in run.ready:\n",
+        "            if False:\n",
+    ),
+    Mutant(
         "carried signals at the wrong tokens",
         SIGNALS,
         "                full[image.alive] = rows\n",

@@ -398,3 +398,46 @@ def test_the_entropy_changes_what_vflowopt_keeps(family: str) -> None:
             subject(family)(**inputs_of(family, names))
             kept.append([i.kept["projector"].tolist() for i in patch.report().images])
     assert kept[0] != kept[1]
+
+
+# ---------------------------------------------------------------------- text of the prompt
+
+TEXT = vtprune.Signal("text_features", 0)
+
+
+def text_of(family: str, name: str) -> Tensor:
+    """[T, D] embeddings of all tokens of a row that are no placeholders, so no separators in a picture either."""
+    judge, row = judge_of(family), row_of(family, name)
+    config = judge.model.config
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    placeholders = {getattr(config, n) for n in names if getattr(config, n, None) is not None}
+    ids = [token for token in row["input_ids"][0].tolist() if token not in placeholders]
+    return judge.model.get_input_embeddings()(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_text_of_the_prompt(family: str, padding: str) -> None:
+    names = ragged(family)
+    layer = 1
+    attention = vtprune.Signal("prompt_attention", layer)
+    probe = Probe(keep=0.3, where=vtprune.Site("decoder", layer + 1), signals=(TEXT, attention))
+    seen, _ = seen_by(family, names, probe, padding=padding)
+    for sample, name in enumerate(names):
+        expected = text_of(family, name)
+        for number, unit in enumerate(visual(family, name).units):
+            _, _, values = seen[sample, number]
+            found = values[TEXT]
+            close(found[: len(expected)], expected)
+            assert not found[len(expected) :].any()
+            assert values[attention].shape[1] == len(found)
+            rows = judge_of(family).attention(row_of(family, name), layer)[:, text_columns(family, name)]
+            close(values[attention][:, : len(expected)], rows[..., unit.columns])
+
+
+def text_columns(family: str, name: str) -> list[int]:
+    """Columns of the tokens of :func:`text_of`."""
+    row, prompt = row_of(family, name), visual(family, name)
+    shown = {c for unit in prompt.units for c in unit.columns} | set(prompt.loose)
+    return [c for c in range(row["input_ids"].shape[1]) if c not in shown]

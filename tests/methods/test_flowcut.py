@@ -93,9 +93,9 @@ def test_cut(
 def test_schedule() -> None:
     facts = ModelFacts("test", 23, 0, frozenset({"vit", "encoder"}), {}, {})
     stages = FlowCut(keep=64).stages(facts)
-    assert [str(s.site) for s in stages] == [f"vit[{i}]" for i in range(1, 22, 2)] + ["encoder"]
-    assert [s.keep for s in stages] == [None] * 11 + [64]
-    assert [max(n.layer for n in s.needs) for s in stages] == list(range(0, 23, 2))
+    assert [str(s.site) for s in stages] == [f"vit[{i}]" for i in range(2, 23, 2)]
+    assert [s.keep for s in stages] == [None] * 10 + [64]
+    assert [max(n.layer for n in s.needs) for s in stages] == list(range(1, 22, 2))
     assert all(s.positions == "dense" for s in stages)
 
 

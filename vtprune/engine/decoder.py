@@ -205,6 +205,9 @@ class DecoderEngine(Bound):
             run.images, encodings, separators = locate(
                 frame, self.placeholders, self.encoder.history(), self.owner, embeds.device
             )
+            assert frame.ids is not None
+            ids = frame.ids.to(embeds.device)
+            run.placeholders = torch.isin(ids, ids.new_tensor(list(self.placeholders.values())))
             run.report = self.new_report()
             run.report.separator_tokens = separators
             run.report.n_samples = len(embeds)

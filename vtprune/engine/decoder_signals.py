@@ -12,7 +12,7 @@ from vtprune import ops
 from vtprune.engine.journal import Journal
 from vtprune.engine.prompt import PromptImage
 from vtprune.engine.run import Run
-from vtprune.engine.sequence import Segment, gather_table
+from vtprune.engine.sequence import Segment, gather_mask, gather_table
 from vtprune.integrations.base import Decoder
 from vtprune.method import CARRIED_SIGNALS, DECODER_SIGNALS, INPUT_SIGNALS, Signal
 
@@ -151,6 +151,8 @@ class DecoderSignals:
             k = k if past is None else torch.cat([past, k], 2)
 
         def visible(slots: Tensor) -> Tensor:
+            if kind in run.ready:
+                return _shown(run.ready[kind], segment, slots)
             return sees(segment, slots, k.shape[2], self.decoder.windows.get(kind))
 
         return q, k, visible, attention.scaling
@@ -195,10 +197,23 @@ class DecoderSignals:
         return lambda image, slots: received[image.row][:, slots].transpose(0, 1)
 
 
+def _shown(mask: Tensor, segment: Segment, slots: Tensor) -> Tensor:
+    """[B, R, n_slots] bool: what the new slots [B, R] attend to by the model's own mask [B or 1, 1, L, L] of the prompt.
+
+    A row that sees nothing, which is padding, sees everything.
+    """
+    if segment.col is not None:
+        mask = gather_mask(mask, segment.col, segment.valid)
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    rows = seen[:, 0].expand(len(slots), -1, -1)
+    rows = rows.gather(1, slots.unsqueeze(-1).expand(-1, -1, rows.shape[2]))
+    return rows | ~rows.any(-1, keepdim=True)
+
+
 def sees(segment: Segment, slots: Tensor, total: int, window: int | None) -> Tensor:
     """[B, R, total] bool: which slots the new slots [B, R] of a segment attend to, causally.
 
-    Padding sees itself, so that no row is empty. Bidirectional blocks around pictures are not counted.
+    Padding sees itself, so that no row is empty.
     """
     keys = torch.arange(total, device=slots.device)
     own = slots + (total - segment.n_slots)

@@ -28,6 +28,7 @@ class Run:
         heads: decoder layer -> [B, H] bool, heads that speak in it and in the layers up to the next such layer.
         head_outputs: decoder layer -> [B, H] sum of the absolute entries of every head's output.
         embeds: [B, L, D] embeddings at the input of the language model, before anything is removed.
+        placeholders: [B, L] bool, where pictures and the separators in and between them stand; None without pictures.
         fired: numbers of the stages that decided.
     """
 
@@ -41,15 +42,15 @@ class Run:
     heads: dict[int, Tensor] = field(default_factory=dict)
     head_outputs: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
+    placeholders: Tensor | None = None
     fired: set[int] = field(default_factory=set)
 
     def text_columns(self, row: int) -> Tensor:
-        """[T] columns of a row's new text tokens: everything that is neither visual nor padding."""
+        """[T] columns of a row's new text tokens: everything that is no placeholder (so no separator) and no padding."""
         tokens = self.tokens
         text = torch.ones(tokens.length, dtype=torch.bool, device=tokens.device)
         if tokens.new_valid is not None:
             text &= tokens.new_valid[row]
-        for image in self.images:
-            if image.row == row:
-                text[image.cols] = False
+        if self.placeholders is not None:
+            text &= ~self.placeholders[row]
         return text.nonzero()[:, 0]

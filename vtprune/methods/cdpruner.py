@@ -27,11 +27,12 @@ class CDPruner(Method):
     Deviation, not the authors' method: they take r = -mean_t cos(CLIP patch embedding, CLIP text embedding of the
     instruction). The CLIP text tower is no part of a vision-language model, so r comes from the embeddings that
     enter the language model: `relevance="prompt"` is r_i = mean_t cos(visual token i, text token t). Their minus
-    corrects an inverted alignment that is known of CLIP alone; "prompt-inverted" has it. The only part that is
-    exactly theirs is the point process, `relevance="none"` (rho = 1). The minimum and maximum are per image
-    (theirs: over the batch). Ties, and tokens that the chosen ones
-    span, go by the lowest index. The default budget
-    is the 64 of 576 of their tables; dense positions as theirs.
+    corrects an inverted alignment that is known of CLIP alone; "prompt-inverted" has it. t runs over the
+    whole prompt, system text and template included (theirs: 77-token pieces of the question). What is theirs is the point
+    process, `relevance="none"` (rho = 1), with a diagonal of exactly 1 (theirs: but for rounding). The minimum and maximum are per image
+    (theirs: over the batch). Ties, and tokens that the chosen ones span, go by the
+    lowest index. On tiled models theirs also ranks padding and drops newlines. The default budget is the 64 of 576 of their
+    tables; dense positions as theirs.
 
     Attributes:
         relevance: "prompt", "prompt-inverted" or "none".

@@ -33,7 +33,7 @@ class DART(Method):
     with the padding of a batch, and norms closer than 1e-4 of their mean tie; all 8 pivots are visual tokens
     (theirs: 4 of them and 4 of the question, whose hidden states a method is not shown); pivots take turns from
     the largest norm on (theirs: in the order of a set), and q = (k - |P|) / |P| with the remainder going to the
-    first ones, so that the budget is met exactly; hidden states are compared as they enter layer K (theirs: behind
+    first ones, so that the budget is met exactly (theirs: q = floor(k / 8), the visual pivots on top: 132 for 128); hidden states are compared as they enter layer K (theirs: behind
     the model's final norm).
 
     Attributes:

@@ -19,8 +19,9 @@ class DivPrune(Method):
         D = 1 - cos;   first = argmax_i min_{j != i} D_ij;   next = argmax_{i not in S} min_{s in S} D_is
 
     Source: Alvar et al., "DivPrune" (CVPR 2025); vbdi/divprune at 799e2d9 (read, not copied: non-commercial
-    licence). The authors' default ratio is 0.098, their count round(ratio N). Ties go to the lower index. They
-    count positions densely, as does `positions="auto"`.
+    licence). The authors' default ratio is 0.098, their count round(ratio N). Ties go to the lower index. Chosen
+    tokens are never chosen again (theirs may be, among exact duplicates); the budget is per tile where pictures are tiled
+    (theirs: one for the whole picture, newline tokens included). They count positions densely, as does `positions="auto"`.
     """
 
     key: ClassVar[str] = "divprune"

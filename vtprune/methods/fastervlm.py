@@ -17,7 +17,8 @@ class FasterVLM(Scored):
         s_j = mean_h A_h[CLS, j] in the last ViT layer that reaches the features,   keep = argtopk(s, k)
 
     Source: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (2024);
-    Theia-4869/FasterVLM at f5d5f12. A default budget of a quarter is ours. Dense positions as theirs.
+    Theia-4869/FasterVLM at f5d5f12. A default budget of a quarter is ours. Dense positions as theirs. On tiled
+    models theirs also ranks padding and drops newlines.
 
     Attributes:
         scorer: "cls", or explicitly "received" (mean attention received) on encoders without [CLS].

@@ -17,9 +17,10 @@ class FastV(Scored):
         s_j = mean_h A^{K-1}_h[last prompt token, j],   keep = argtopk(s, k)
 
     Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024); pkunlp-icler/FastV at
-    d165972. Defaults are the authors': K = 2, half of the tokens. Survivors keep their positions, as in their
+    d165972. Defaults are those of their experiments: K = 2, half of the tokens. Survivors keep their positions, as in their
     in-place code path. They switch the model to eager attention; here one query row is computed beside
-    whatever attention the model uses. With several images each has its own budget.
+    whatever attention the model uses. With several images, or tiles of one,
+    each has its own budget (theirs: one for the whole span, newline tokens included).
 
     Attributes:
         layer: K, an index >= 1 or a fraction of the depth.

@@ -29,11 +29,13 @@ class FlowCut(Method):
     tokens of smallest S go, never more than n - k; with m = 0 all that are over the target.
 
     Source: Tong et al., "FlowCut" (NeurIPS 2025); TungChintao/FlowCut at a2ecd24. Default target: theirs, 128. Layers
-    count up to the one whose output is used, as theirs; the last cut is behind it.
+    count up to the one in front of the last whose output is used, as theirs (CLIP-L/14: cuts behind layers 1, 3, .. 21;
+    layer 22 sees the survivors only).
     Deviations: (1) scores of earlier layers are normalised over the tokens that are still there (theirs: over those
     of that time; the engine narrows signals to survivors), which matters only behind the first cut. (2) Counts
-    differ between images (theirs: the batch's largest cut). (3) Their extra pruning at layer 1 of the language
-    model of LLaVA-NeXT is `compose`d by hand. Survivors keep their positions with `positions="original"`; "auto" counts
+    differ between images (theirs: the batch's largest cut). (3) For LLaVA-NeXT they give each
+    tile half the target and cut to the target behind layer 1 of the language model by the same kind of score; that second
+    cut is left out (composing with `fastv` comes nearest). (4) An encoder of one layer is cut behind it. Survivors keep their positions with `positions="original"`; "auto" counts
     densely, as do the authors.
 
     Attributes:
@@ -46,18 +48,18 @@ class FlowCut(Method):
     keep: int | float = 128
 
     def stages(self, facts: ModelFacts) -> list[Stage]:
-        depth = facts.encoder_layers
+        last = max(0, facts.encoder_layers - 2)
         return [
             Stage(
-                Site("vit", layer + 1) if left else facts.behind_encoder(),
+                Site("vit", layer + 1) if layer + 1 < facts.encoder_layers else facts.behind_encoder(),
                 None if left else self.keep,
                 partial(self.cut, left=left),
                 tuple(Signal(kind, i) for i in range(layer + 1) for kind in KINDS),
                 must_prune=not left,
                 positions=self.position_policy(facts),
             )
-            for layer in range(depth)
-            if not (left := depth - 1 - layer) % 2
+            for layer in range(last + 1)
+            if not (left := last - layer) % 2
         ]
 
     def cut(self, view: View, left: int) -> Selection:

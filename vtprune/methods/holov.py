@@ -33,7 +33,8 @@ class HoloV(FasterVLM):
 
     Deviations: what a crop cannot use goes round by round to the largest w with room (theirs is filled up with
     zero vectors); output in raster order (theirs by attention within a crop); a crop of one token scores a, like
-    all others (theirs a / 10^3). Dense positions as theirs.
+    all others (theirs a / 10^3); the budget is per tile where pictures are tiled (theirs: one for the whole picture, without
+    newlines). Dense positions as theirs.
 
     Attributes:
         crops: P; the first N mod P crops have one token more.

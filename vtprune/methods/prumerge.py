@@ -32,7 +32,7 @@ class PruMerge(Emergent):
     attention is of the ViT's last layer although the features may come from the one before.
     Deviations: (1) The rest token stands at the place of the pruned token of largest a, since every token has a place here.
     (2) Output is in raster order (theirs: by attention, the rest token last). (3) At least one token is selected. (4) The
-    count is per image (theirs: of the whole batch). They count positions densely, as does `positions="auto"`.
+    count is per image (theirs: of the whole batch), and exact (theirs: one less for some N, by rounding). They count positions densely, as does `positions="auto"`.
 
     Attributes:
         keep: None (authors) = the count emerges, outliers + rest token; else k - 1 selected tokens + rest token

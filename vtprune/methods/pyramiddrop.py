@@ -20,7 +20,8 @@ class PyramidDrop(Staged):
     Source: Xing et al., "PyramidDrop" (CVPR 2025); Cooperx521/PyramidDrop at 6444f30. The authors' r is 0.5, that
     is .5, .25 and .125 of the tokens: on average 0.46875, the default `keep`. Another budget means another r, such
     that the average over the model's layers meets it; `counts=` takes any other schedule. Positions are dense as
-    theirs; counts are rounded towards the average, theirs down.
+    theirs; counts are rounded towards the average, theirs down. The budget is per tile where pictures are tiled (theirs:
+    one for the whole picture, newline tokens included).
     """
 
     key: ClassVar[str] = "pyramiddrop"

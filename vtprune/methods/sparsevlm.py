@@ -45,7 +45,8 @@ class SparseVLM(Staged):
     Deviations: clusters count towards the budget (theirs come on top; c is computed from the tokens that the
     stage removes in all); a cluster sits at its centre, theirs behind the other visual tokens; the density has no
     random tie-breaker; later stages rate the text with the survivors' embeddings, theirs once with all. Positions
-    are dense as theirs. Only text behind the picture rates, as there; without any, the first tokens stay.
+    are dense as theirs. Only text behind the picture rates, as there; without any, the first tokens stay. The
+    budget is per tile where pictures are tiled (theirs: one for the whole picture, newline tokens included).
 
     Attributes:
         recycle: share of the pruned tokens that is clustered; 0 discards them all.

@@ -27,14 +27,13 @@ class VisionZip(Method):
     target + mean(joined).
 
     Source: Yang et al., "VisionZip" (CVPR 2025); dvlab-research/VisionZip at 3151f6d. The authors' counts for
-    64 are 54 dominant with [CLS] + 10 contextual; LLaVA drops [CLS], so their language model sees 53 + 10;
-    here [CLS] is never counted and the split is 54 + 10. Output is in raster order (theirs: dominant, then
-    contextual). They count positions densely, as does `positions="auto"`.
+    64 are 54 dominant with [CLS] + 10 contextual, so their language model sees [CLS] + 53 + 10; here [CLS] is no visual
+    token and the split is 54 + 10 (`keep=63, contextual=10 / 63` takes their patches). Output is in raster order (theirs:
+    [CLS], dominant, contextual). They count positions densely, as does `positions="auto"`.
 
     Attributes:
         contextual: share of the budget for contextual tokens (authors: 10 of 64).
-        scorer: "cls", or explicitly "received" (mean attention received) on encoders without [CLS], as in the
-            authors' code for such encoders.
+        scorer: "cls", or explicitly "received" (ours: mean attention received) on encoders without [CLS].
     """
 
     key: ClassVar[str] = "visionzip"

@@ -30,7 +30,7 @@ class VisPruner(FasterVLM):
     Source: Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
     VLMs" (ICCV 2025); Theia-4869/VisPruner at aefa01a. important = 0.5 is the authors'; a default budget of a
     quarter is ours. Dense positions as theirs. Their code takes even |R| only; here the first half is the larger
-    one, and no round removes more than it has.
+    one, and no round removes more than it has. On tiled models theirs also ranks padding and drops newlines.
 
     Attributes:
         important: share of the budget that goes by attention.
