@@ -2,7 +2,8 @@
 
 Insertion gives the model only the best share p of the tokens, deletion takes them away. A good ranking brings the
 probability of the model's own answer up early (large area under the insertion curve) and down early (small area under
-the deletion curve). No labels are read.
+the deletion curve). No labels are read. Curves have 11 points over the share of tokens by default (SMDL: one per region, over
+the share of the area).
 """
 
 from __future__ import annotations

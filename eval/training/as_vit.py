@@ -1,11 +1,12 @@
 """AS-ViT's thresholds.
 
-Source: Cydia2018/AS-ViT at ea7ccdb: loss = cross-entropy + 2 |FLOPs / B - t| + .5 KL(dense model), a token's mask being 1
+Source: Cydia2018/AS-ViT at ea7ccdb: loss = cross-entropy + 2 |GFLOPs - t dense GFLOPs| + .5 KL(dense
+model) (the second about 9 times the relative gap on DeiT-S), a token's mask being 1
 forward and sigmoid((S - theta) / 1e-4) backward, pruned tokens hidden from attention.
 
 Ours: a budget here is a number of tokens behind the encoder, so the term is 20 (|mean over layers of the share that is left
-- t| + |share left at the end - keep / N|), t being that mean when every stage leaves the same share; with their factor of 2
-(for t = .65) the answers outweigh a budget of a ninth. The width of the sigmoid is theta / 10, theirs at theta = .001,
+- t| + |share left at the end - keep / N|), t being that mean when every stage leaves the same share; with a factor of 2 the
+answers outweigh a budget of a ninth. Masks of the stages multiply, and scores carry no gradient (theirs: the other way round). The width of the sigmoid is theta / 10, theirs at theta = .001,
 because in deep layers few tokens lie within 1e-4 of a threshold; for the same reason log theta is trained. Pruned tokens are hidden from the language model, too, which answers. Only theta is trained: theirs
 fine-tunes the ViT along.
 """

@@ -1,8 +1,8 @@
 """ATP-LLaVA's thresholds by soft masks.
 
 Source: the re-implementation Sneha421/AI6103-ATP-LLaVA at c9a622f: mask max(sigmoid(10 (s_red - theta_r)),
-sigmoid(10 (s_sp - theta_s))); loss L_ntp + lambda sum_l l kept_l / 576 + .2 |mean kept - target|, lambda .05 as in the paper
-(its script has .01), l the number of the layer among 32, and the mean over the three stages.
+sigmoid(10 (s_sp - theta_s))); loss L_ntp + lambda sum_l l kept_l / 576 + .2 |mean kept - target|, lambda .05 (.01 in
+train_atp.py of its branch atp_integration_fix), l the number of the layer among 32, and the mean over the three stages.
 
 Ours: the stages' masks multiply and act in all later layers as log m on the logits of visual keys. The 10 grows to 100 while
 training goes on, since at 10 most of what inference removes still shows through a soft mask; and `kept` counts what inference

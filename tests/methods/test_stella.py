@@ -50,12 +50,15 @@ def test_draw(seed: int, g: int, h: int, t: int, n: int, k: int, blind: int) -> 
     attention = torch.cat([attention, torch.zeros(g, h, blind, n)], 2)
     view = make_view(torch.randn(g, n, 2), {TEXT: attention}, k, seeds=[7 + i for i in range(g)])
     found = Stella(keep=k, seed=3).decide(view)
+    best = Stella(keep=k, draw=False).decide(view)
     for image in range(g):
         weights = importance(logits[image, ..., :n].double().numpy(), 0.4)
         clock = torch.rand(n, generator=torch.Generator().manual_seed(crc32(f"3 {7 + image}".encode())))
         arrivals = [-math.log(float(u)) / w for u, w in zip(clock, weights, strict=True)]
         expected = sorted(range(n), key=lambda j: arrivals[j])[:k]
         assert found.index[image].tolist() == sorted(expected)
+        largest = sorted(range(n), key=lambda j: (-round(weights[j], 9), j))[:k]
+        assert best.index[image].tolist() == sorted(largest)
 
 
 def test_the_draw_follows_the_importance() -> None:

@@ -23,7 +23,7 @@ class ACT(Scored):
     Source: Yu et al., "Unveiling and Harnessing Hidden Attention Sinks" (ICML 2024); GATECH-EIC/ACT at a267af7, whose
     threshold 0.1 and beta 0.4 are the defaults. Theirs calibrates language-model attention in searched heads and prunes
     nothing; applying it head by head to one row of the ViT's attention, and the default budget, are ours. There is no
-    first-token sink to spare, since [CLS] is no candidate. A sink still ranks by what it keeps.
+    first-token sink to spare, since [CLS] is no candidate, and it takes no part of the freed mass (theirs: the first token does). A sink still ranks by what it keeps.
 
     Attributes:
         threshold: attention above which a token is a sink.

@@ -30,11 +30,12 @@ class ATPLLaVA(Staged, Trained):
         z = W [s_red; s_sp] + b,   theta_r, theta_s = sigmoid(V z + c),   keep = {s_red > theta_r or s_sp > theta_s}
 
     Source: Ye et al., "ATP-LLaVA" (CVPR 2025); the authors' code was not available, so this follows the
-    third-party re-implementation Sneha421/AI6103-ATP-LLaVA at c9a622f: lambda = 3; R = .5, .25, .0625; layers.
-    Ours: s_self takes all pairs of visual tokens, seen or not; only text behind the picture asks; [s_red; s_sp]
+    third-party re-implementation Sneha421/AI6103-ATP-LLaVA at c9a622f: lambda = 3; its layer-adaptive R = .5, .25, .0625; layers.
+    Ours: z reads both score vectors (theirs: the means of s_self and s_cross, width 4096; here 32); s_self is what i receives
+    (as in their branch atp_integration_fix; c9a622f averages over what i gives) and takes all pairs of visual tokens, seen or not; only text behind the picture asks; [s_red; s_sp]
     has an entry for every token of the picture, zero where it is gone; the grid takes every a-th row and b-th
-    column, a = floor(1 / sqrt(R)), b = round(1 / (a R)); at R = .5 its s_sp of -.5 is below every threshold, so the first
-    stage goes by s_red alone. At least the best token stays. `vtprune train` trains W, b, V
+    column, a = floor(1 / sqrt(R)), b = round(1 / (a R)); at R = .5 its s_sp of -.5 (theirs: at least 0) is below every
+    threshold, so the first stage goes by s_red alone. At least the best token stays. `vtprune train` trains W, b, V
     and c with the model frozen (theirs is fine-tuned along); see `vtprune.eval.training.atp_llava` for the loss.
 
     Attributes:

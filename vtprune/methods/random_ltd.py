@@ -44,7 +44,7 @@ class RandomLTD(Method):
     where that is no multiple of `increase`, and budgets may be ratios. (4) Draws come from `seed`, step and layer, not from
     torch's global generator, so that resumed runs repeat them; give every process of a distributed run its own seed.
     (5) Masks are cut at the drawn rows and columns (theirs: the first r of a decoder's), rotary tables too. The paper's
-    learning-rate schedule by layer tokens is the trainer's, and ViT layers are not bypassed.
+    learning-rate schedule by layer tokens is the trainer's, the default r_min is ours, and ViT layers are not bypassed.
 
     Attributes:
         keep: r_min, tokens of a row that go through a layer in the first step, an int or a share of the row's candidates.

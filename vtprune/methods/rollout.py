@@ -20,8 +20,8 @@ class Rollout(Scored):
 
     Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers" (ACL 2020); samiraabnar/attention_flow at
     8044f53. Theirs is a diagnosis; taking the k largest behind the encoder is ours, and so is the default budget. Their
-    attention flow is :func:`vtprune.scoring.attention_flow`, offline only. Tokens that were pruned inside the ViT take
-    no part. Positions are original.
+    attention flow is :func:`vtprune.scoring.attention_flow`, offline only. Layers end with the last that
+    reaches the features. Tokens that were pruned inside the ViT take no part. Positions are original.
 
     Attributes:
         first_layer: the first layer of the product, an index or a fraction of the depth.

@@ -29,9 +29,9 @@ class SpAtten(Staged):
     as if they were gone. Stock attention still computes them, so that `heads` buys no speed, only the accuracy of the
     method; that is why it is off by default (theirs: 1.1 times fewer heads on average, `heads=0.91`).
 
-    Source: Wang, Zhang and Han, "SpAtten" (HPCA 2021); notes on the paper, and mit-han-lab/spatten at a0f1388 for
-    the accumulated score. Known from them: no token leaves in the first 15 % of the layers and no head in the first 30 %,
-    ties go to the lower index. Ours: p_start = 0 while p_end fits into 1, p_end = 1 from there on; counts are rounded
+    Source: Wang, Zhang and Han, "SpAtten" (HPCA 2021); notes on the paper for the accumulated score and for
+    the first 15 % and 30 % of the layers, in which no token and no head leaves; mit-han-lab/spatten at a0f1388 for ties, which go
+    to the lower index (its cache variant for language models sums raw logits per layer and head, and keeps recent tokens). Ours: p_start = 0 while p_end fits into 1, p_end = 1 from there on; counts are rounded
     down, then up by one where that brings the average nearer; ratios are relative to the original tokens; an average of
     half of them by default. Survivors keep their positions.
 

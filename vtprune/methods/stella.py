@@ -26,11 +26,13 @@ class Stella(Scored):
     alignment module. Such weights are not to be had for a stock model, so the other modality here is the text: q are the
     prompt's tokens and k the visual ones in a decoder layer, whose attention p gives the same softmax as that of
     log p / temperature. Layer 2 is ours (FastV's). The replay buffer, whose queries zero importances, has no
-    meaning at inference and is left out. The draw depends on `seed` and the picture, not on the batch.
+    meaning at inference and is left out. Without one their code takes the k largest, and draws only once there is one; here
+    that is an option. The draw depends on `seed` and the picture, not on the batch.
 
     Attributes:
         temperature: of the softmax.
         layer: K, the tokens go at its input by the attention of the layer before; an index >= 1 or a fraction.
+        draw: whether tokens are drawn; False takes the k largest.
         seed: changes the draw.
     """
 
@@ -39,6 +41,7 @@ class Stella(Scored):
     keep: int | float = 0.5
     temperature: float = 0.4
     layer: int | float = 2
+    draw: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Stella(Scored):
 
     def decide(self, view: View) -> Selection:
         importance = self.scores(view)
+        if not self.draw:
+            return Selection.topk(importance, view.k)
         race = []
         for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
             generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))

@@ -24,8 +24,9 @@ class Submodular(Method):
 
     Source: Chen et al., "Less is More: Fewer Interpretable Region via Submodular Subset Selection" (ICLR 2024);
     RuoyuChen10/SMDL-Attribution at faea7f0, an attribution of image regions, not a pruning method.
-    Deviations: confidence (l1) and collaboration (l4) need a model call per candidate, so they are left out; consistency is
-    theirs with the picture's mean feature as the target. Weights are theirs, 1 (their CLIP run: .05 for eff). Tokens
+    Deviations: confidence (l1) and collaboration (l4) need a model call per candidate, so they are left out; consistency
+    (theirs: the probability of the class) is the cosine to the picture's mean feature. Weights are 1, the default of their
+    class (their CLIP run: .05 for eff). Tokens
     instead of regions, behind the encoder, and the default budget are ours. Ties go to the lower index; positions
     are original. Cost is k N^2 comparisons.
 

@@ -26,7 +26,8 @@ class UCoFiA(Trained):
     Default: their 3 patches per frame (they keep [CLS] beside them). `vtprune train` trains the MLP on frozen features;
     see `vtprune.eval.training.ucofia` for the perturbed top-k and the loss.
     Deviations: (1) the picture is represented by the mean of its tokens; theirs by [CLS], which a method does not see behind
-    the encoder. (2) At inference it is plain top-k. (3) The form of the MLP is whatever the file holds. Similarity heads and
+    the encoder. (2) At inference it is plain top-k. (3) The MLP is plain; theirs
+    begins with a LayerNorm, has no biases, and joins [CLS] behind the first layer (text to video: before and behind it). Similarity heads and
     Sinkhorn normalisation belong to retrieval and are left out.
 
     Attributes:

@@ -38,7 +38,9 @@ class VFlowOpt(Method):
     not more tokens left than cells, nothing is recycled. (4) Where no R3 in (0, 1] meets the budget, R2 and then R1 give
     way. (5) Every tile and frame has its own map and budget; separators are always kept, as theirs are. (6) Pixels are
     brought back to 0 .. 255 and clamped there (theirs: normalised pixels times 255 as uint8, where negative ones wrap).
-    (7) I below 0, which a negative alpha can make, weighs nothing in a recycled token (theirs divides by the plain sum).
+    (7) Positions stay original (theirs:
+    counted anew behind stage 1, kept in stages 2 and 3). (8) Counts are met exactly (theirs reserves floor(N / a^2) tokens for
+    recycling, whatever the number of cells), frames and several images recycle, too, and newlines count in no budget. (9) I below 0, which a negative alpha can make, weighs nothing in a recycled token (theirs divides by the plain sum).
 
     Attributes:
         keep: visual tokens per image (or share of them) on average over all decoder layers.

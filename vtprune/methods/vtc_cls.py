@@ -22,8 +22,8 @@ class VTCCls(Scored):
     L counts the ViT layers that reach the features, so the last block of a `hidden_states[-2]` model, whose
     output is not used, does not vote.
 
-    Source: THU-MIG/VTC-CLS at e41ac9b (README, code). The authors give the first layer per benchmark and no
-    default; half the depth is ours. Their code removes tokens before the projector at batch size 1, and lets
+    Source: THU-MIG/VTC-CLS at e41ac9b (README, code). The authors give the first layer per benchmark (their
+    argument parser defaults to 16 of 24); half the depth is ours. Their code removes tokens before the projector at batch size 1, and lets
     the language model count positions densely; so does `positions="auto"`.
 
     Attributes:
