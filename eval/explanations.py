@@ -162,7 +162,8 @@ def prumerge(
 
     def decide(self: Any, view: View) -> Selection:
         scores, keys = self.attention(view)
-        chosen = topk(scores if order is None else order(view), view.n)[:, : view.k - rest]
+        ranked = topk(scores if order is None else order(view), view.n)
+        chosen = self.select(ranked, None, view.k + (not rest))
         return reduce(scale * scores, keys, chosen, rest) if scale else Selection.of(chosen)
 
     return decide
@@ -308,7 +309,8 @@ def experiments() -> list[Experiment]:
         Experiment(RANDOM, RANDOM, draws),
         *_fastv(),
         *_stella(),
-        *_prumerge(),
+        *_prumerge("prumerge"),
+        *_prumerge("prumerge-plus"),
         *_vflowopt(),
         *_mstm(),
         *_as_vit(),
@@ -370,8 +372,8 @@ def _stella() -> list[Experiment]:
     return it.found
 
 
-def _prumerge() -> list[Experiment]:
-    it = About("prumerge")
+def _prumerge(name: str) -> list[Experiment]:
+    it = About(name)
     it.option(POSITIONS, positions="original")
     it.variant("the rest token costs it", "one more selected token instead", _merging(it.base, rest=False))
     it.variant("merging costs it", "nothing is merged", _merging(it.base, scale=0.0, rest=False))
