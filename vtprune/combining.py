@@ -15,14 +15,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError, did_you_mean
 from vtprune.method import Method, ModelFacts, Scored, Signal, Site, Stage, View, check_keep
-from vtprune.scoring import by_count, desink, outliers
+from vtprune.scoring import by_count, desink, drawn, outliers
 from vtprune.selecting import dpp_map, farthest_first, merged_into_closest, unit
 from vtprune.selection import Selection, check_finite, topk
 
@@ -141,12 +140,7 @@ class Draw:
     seed: int = 0
 
     def __call__(self, scores: Tensor, view: View) -> Tensor:
-        race = []
-        for index, n, seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
-            generator = torch.Generator().manual_seed(crc32(f"{self.seed} {seed}".encode()))
-            race.append(torch.rand(n, generator=generator).to(index.device)[index])
-        # The k first arrivals of exponential clocks whose rates are the scores are such a draw.
-        return topk(torch.stack(race).log() / scores.clamp(min=torch.finfo(torch.float32).tiny), view.k)
+        return topk(drawn(scores.clamp(min=torch.finfo(torch.float32).tiny), view, self.seed), view.k)
 
 
 # ---------------------------------------------------------------------- reducers: indices [G, k] -> Selection

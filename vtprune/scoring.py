@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -14,6 +15,23 @@ from vtprune.method import View, resolve_layer
 from vtprune.selection import Selection, merged, topk
 
 # ---------------------------------------------------------------------- scores
+
+
+def uniform(view: View, seed: int) -> Tensor:
+    """[G, N] numbers in [0, 1) that depend on `seed` and the picture alone, not on the batch; a token has the same in all
+    stages."""
+    rows = []
+    for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
+        # A checksum, since a CPU generator reads only 32 bits of its seed.
+        generator = torch.Generator().manual_seed(crc32(f"{seed} {image_seed}".encode()))
+        rows.append(torch.rand(n, generator=generator).to(index.device)[index])
+    return torch.stack(rows)
+
+
+def drawn(weights: Tensor, view: View, seed: int) -> Tensor:
+    """Scores [G, N] whose k largest are k tokens drawn without replacement, in proportion to weights >= 0."""
+    # The first arrivals of exponential clocks whose rates are the weights are such a draw.
+    return uniform(view, seed).log() / weights
 
 
 def outliers(scores: Tensor) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
-from zlib import crc32
-
-import torch
 
 from vtprune.method import View
 from vtprune.methods.anywhere import Anywhere
+from vtprune.scoring import uniform
 from vtprune.selection import Selection
 
 
@@ -28,9 +26,4 @@ class Random(Anywhere):
     seed: int = 0
 
     def decide(self, view: View) -> Selection:
-        scores = []
-        for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
-            # A checksum, since a CPU generator reads only 32 bits of its seed.
-            generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
-            scores.append(torch.rand(n, generator=generator).to(index.device)[index])
-        return Selection.topk(torch.stack(scores), view.k)
+        return Selection.topk(uniform(view, self.seed), view.k)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
-from zlib import crc32
 
-import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError
 from vtprune.method import ModelFacts, Scored, Signal, Site, View, resolve_layer
+from vtprune.scoring import drawn
 from vtprune.selection import Selection
 
 
@@ -66,11 +65,4 @@ class Stella(Scored):
 
     def decide(self, view: View) -> Selection:
         importance = self.scores(view)
-        if not self.draw:
-            return Selection.topk(importance, view.k)
-        race = []
-        for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
-            generator = torch.Generator().manual_seed(crc32(f"{self.seed} {image_seed}".encode()))
-            race.append(torch.rand(n, generator=generator).to(index.device)[index])
-        # The k first arrivals of exponential clocks with rates I are such a draw.
-        return Selection.topk(torch.stack(race).log() / importance, view.k)
+        return Selection.topk(drawn(importance, view, self.seed) if self.draw else importance, view.k)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -43,9 +44,9 @@ class Trained(Method):
             object.__setattr__(self, "weights", os.fspath(self.weights))
 
     @property
+    @abstractmethod
     def parameters(self) -> Sequence[str]:
         """Names of the tensors that have to be there."""
-        raise NotImplementedError
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
