@@ -207,7 +207,8 @@ class DecoderEngine(Bound):
             )
             assert frame.ids is not None
             ids = frame.ids.to(embeds.device)
-            run.placeholders = torch.isin(ids, ids.new_tensor(list(self.placeholders.values())))
+            # Compared one by one: a tensor of them would be a copy to the device.
+            run.placeholders = torch.stack([ids == token for token in self.placeholders.values()]).any(0)
             run.report = self.new_report()
             run.report.separator_tokens = separators
             run.report.n_samples = len(embeds)
