@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from vtprune.integrations.base import Encoding
 from vtprune.kernels import reference
 from vtprune.layout import TokenLayout
-from vtprune.ops import attention_rows, compact, merge_tokens, received_attention
+from vtprune.ops import (
+    attention_columns,
+    attention_rows,
+    best_match,
+    compact,
+    dpp_map,
+    farthest_first,
+    gather_many,
+    gather_mask,
+    merge_tokens,
+    received_attention,
+)
 from vtprune.selection import Selection, merged
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
@@ -66,13 +77,124 @@ def test_received_attention_is_the_column_mean() -> None:
     g = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 3, 7, 4, generator=g), torch.randn(2, 3, 7, 4, generator=g)
     full = (q @ k.transpose(-1, -2) * 0.5).softmax(-1)
-    torch.testing.assert_close(received_attention(q, k, 0.5, chunk=3), full.mean(2))
+    torch.testing.assert_close(received_attention(q, k, 0.5), full.mean(2))
+    torch.testing.assert_close(reference.attention_columns(q, k, 0.5, chunk=3), full.sum(2))
     valid = torch.ones(2, 7, dtype=torch.bool)
     valid[1, 5:] = False
     short = (q[1:, :, :5] @ k[1:, :, :5].transpose(-1, -2) * 0.5).softmax(-1).mean(2)
-    padded = received_attention(q, k, 0.5, valid, chunk=3)
+    padded = received_attention(q, k, 0.5, valid)
     torch.testing.assert_close(padded[1:, :, :5], short)
     assert bool((padded[1, :, 5:] == 0).all())
+
+
+@deterministic
+@given(
+    st.integers(1, 3), st.integers(1, 7), st.integers(0, 6), st.booleans(), st.booleans(), st.integers(0, 99)
+)
+def test_causal_columns_with_grouped_heads(
+    b: int, n: int, past: int, hide: bool, ask: bool, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(b, 4, n, 8, generator=g), torch.randn(b, 2, past + n, 8, generator=g)
+    visible = torch.rand(b, past + n, generator=g) < 0.6 if hide else None
+    asking = torch.rand(b, n, generator=g) < 0.6 if ask else None
+    expected = torch.zeros(b, 4, past + n)
+    for i in range(b):
+        for h in range(4):
+            for r in range(n):
+                if asking is not None and not asking[i, r]:
+                    continue
+                logits = 0.3 * k[i, h // 2] @ q[i, h, r]
+                for j in range(past + n):
+                    own = j == past + r
+                    if j > past + r or (visible is not None and not visible[i, j] and not own):
+                        logits[j] = float("-inf")
+                expected[i, h] += logits.softmax(-1)
+    columns = attention_columns(q, k, 0.3, visible, asking, causal=True)
+    torch.testing.assert_close(columns, expected)
+    torch.testing.assert_close(
+        reference.attention_columns(q, k, 0.3, visible, asking, True, chunk=2), expected
+    )
+
+
+@deterministic
+@given(st.integers(1, 3), st.integers(1, 9), st.data())
+def test_farthest_first_is_greedy(images: int, n: int, data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    k = data.draw(st.integers(1, n))
+    # few different values, so that ties occur
+    weight = torch.randint(0, 3, (images, n), generator=g).float()
+    distance = torch.randint(-1, 4, (images, n, n), generator=g).float()
+    lengths = torch.randint(1, n + 1, (images,), generator=g) if data.draw(st.booleans()) else None
+    start = torch.zeros(images, dtype=torch.int64) if data.draw(st.booleans()) else None
+    chosen = farthest_first(weight, distance, k, start, lengths)
+    for i in range(images):
+        there = n if lengths is None else int(lengths[i])
+        free = list(range(there))
+        order: list[int] = []
+        while len(order) < k:
+            if not free:
+                order.append(-1)
+                continue
+            if order:
+                value = [float(weight[i, j] * distance[i, order, j].clamp(min=0).min()) for j in free]
+            else:
+                value = [float(weight[i, j]) for j in free] if start is None else [-j for j in free]
+            order.append(free.pop(value.index(max(value))))
+        assert chosen[i].tolist() == order
+
+
+@deterministic
+@given(st.integers(1, 3), st.integers(1, 8), st.data())
+def test_dpp_map_multiplies_determinants(images: int, n: int, data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    k = data.draw(st.integers(1, n))
+    x = torch.randn(images, n, n + 2, generator=g, dtype=torch.float64)
+    kernel = x @ x.transpose(1, 2)
+    lengths = torch.randint(1, n + 1, (images,), generator=g) if data.draw(st.booleans()) else None
+    chosen = dpp_map(kernel, k, lengths)
+    for i in range(images):
+        there = n if lengths is None else int(lengths[i])
+        order: list[int] = []
+        for _ in range(min(k, there)):
+            free = [j for j in range(there) if j not in order]
+            value = [float(torch.det(kernel[i][[*order, j]][:, [*order, j]])) for j in free]
+            order.append(free[value.index(max(value))])
+        assert chosen[i].tolist() == order + [-1] * (k - len(order))
+
+
+def test_best_match_breaks_ties_by_the_lower_index() -> None:
+    a = torch.tensor([[[1.0, 0], [0, 2], [0, 0]]])
+    b = torch.tensor([[[0, 1.0], [3, 0], [5, 0]]])
+    value, index = best_match(a, b)
+    assert index.tolist() == [[1, 0, 0]]
+    torch.testing.assert_close(value, torch.tensor([[1.0, 1, 0]]))
+
+
+@deterministic
+@given(st.integers(1, 3), st.integers(1, 7), st.data())
+def test_gathering_many_and_masks(b: int, n: int, data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    k = data.draw(st.integers(1, n))
+    index, other = (torch.randint(0, n, (b, k), generator=g) for _ in range(2))
+    valid = torch.rand(b, k, generator=g) < 0.7 if data.draw(st.booleans()) else None
+    hidden, ids = torch.randn(b, n, 5, generator=g), torch.randint(0, 99, (3, 1, n, 1), generator=g)
+    mask = torch.rand(1, 2, n, n, generator=g) < 0.5
+    states, places = gather_many([hidden, ids], [index, other], valid)
+    shown = gather_mask(mask, index, valid)
+    assert places.shape == (3, b, k, 1)
+    for i in range(b):
+        for s in range(k):
+            there = valid is None or bool(valid[i, s])
+            assert torch.equal(states[i, s], hidden[i, index[i, s]] if there else torch.zeros(5))
+            assert torch.equal(places[:, i, s, 0], ids[:, 0, other[i, s], 0] * there)
+            for t in range(k):
+                may = mask[0, :, index[i, s], index[i, t]]
+                if valid is not None and not valid[i, t]:
+                    may = torch.zeros_like(may)
+                if s == t and not there:
+                    may = torch.ones_like(may)
+                assert torch.equal(shown[i, :, s, t], may)
 
 
 def test_selection_ties_go_to_the_lower_index() -> None:

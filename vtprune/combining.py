@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError, did_you_mean
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Scored, Signal, Site, Stage, View, check_keep
+from vtprune.ops import dpp_map
 from vtprune.scoring import by_count, desink, drawn, outliers
-from vtprune.selecting import dpp_map, farthest_first, merged_into_closest, unit
-from vtprune.selection import Selection, check_finite, topk
+from vtprune.selecting import farthest_first, merged_into_closest, unit
+from vtprune.selection import Selection, topk
 
 Transform = Callable[[Tensor, View], Tensor]
 Budget = Callable[[Tensor], Tensor]

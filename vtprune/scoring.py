@@ -8,10 +8,10 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vtprune.errors import InvalidOptionError
 from vtprune.method import View, resolve_layer
+from vtprune.ops import best_match
 from vtprune.selection import Selection, merged, topk
 
 # ---------------------------------------------------------------------- scores
@@ -24,7 +24,7 @@ def uniform(view: View, seed: int) -> Tensor:
     for index, n, image_seed in zip(view.index, view.n_original, view.image_seeds, strict=True):
         # A checksum, since a CPU generator reads only 32 bits of its seed.
         generator = torch.Generator().manual_seed(crc32(f"{seed} {image_seed}".encode()))
-        rows.append(torch.rand(n, generator=generator).to(index.device)[index])
+        rows.append(torch.rand(n, generator=generator).to(index.device, non_blocking=True)[index])
     return torch.stack(rows)
 
 
@@ -187,10 +187,9 @@ def merge_pairs(metric: Tensor, sizes: Tensor, k: int) -> Selection:
     alive = torch.arange(n, device=sizes.device).expand(images, n)
     place, key, size = alive, metric.float(), sizes.float()
     while (m := alive.shape[1]) > k:
-        unit = normalize(key, dim=-1)
-        cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-        source = topk(cosine.amax(-1), min(m - k, m // 2))
-        into = 2 * cosine.argmax(-1).gather(1, source) + 1
+        cosine, partner = best_match(key[:, ::2], key[:, 1::2])
+        source = topk(cosine, min(m - k, m // 2))
+        into = 2 * partner.gather(1, source) + 1
         here = torch.arange(m, device=alive.device).expand(images, m)
         target = here.scatter(1, 2 * source, into)
         stays = target == here

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.selection import Selection, check_finite, merged
-
-# Share of a token's own weight below which nothing of it is left to explain.
-EXHAUSTED = 1e-6
+from vtprune import ops
+from vtprune.finite import check_finite
+from vtprune.selection import Selection, merged
 
 
 def widened(x: Tensor) -> Tensor:
@@ -32,39 +31,6 @@ def min_max(x: Tensor) -> Tensor:
 def of_everyone(mask: Tensor, k: int) -> Tensor:
     """Ascending indices [G, k] of a bool mask [G, N] with k true entries per image; waits for no device."""
     return mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-
-def dpp_map(kernel: Tensor, k: int) -> Tensor:
-    """Greedy maximum a posteriori set of a determinantal point process.
-
-        j = argmax d;   e = (K_j - C_j C) / sqrt(d_j);   d <- d - e^2;   append e to C
-
-    Once the chosen tokens explain all others (d at most 1e-6 of the diagonal), the lowest free indices follow.
-
-    Args:
-        kernel: [G, N, N] positive semi-definite.
-        k: at most N.
-
-    Returns:
-        [G, k] indices in the order in which they were chosen.
-    """
-    images, n = kernel.shape[:2]
-    image = torch.arange(images, device=kernel.device)
-    own = kernel.diagonal(dim1=1, dim2=2)
-    gain = own.clone()
-    rows = kernel.new_zeros(images, k, n)
-    chosen = torch.empty(images, k, dtype=torch.long, device=kernel.device)
-    for i in range(k):
-        j = gain.argmax(-1)
-        best = gain[image, j].unsqueeze(-1)
-        known = rows[:, :i]
-        row = kernel[image, j] - torch.einsum("gi,gin->gn", known[image, :, j], known)
-        row = torch.where(best > 0, row / best.clamp(min=torch.finfo(best.dtype).tiny).sqrt(), 0.0)
-        rows[:, i], chosen[:, i] = row, j
-        gain = gain - row.square()
-        gain = torch.where(gain <= EXHAUSTED * own, 0.0, gain)
-        gain.scatter_(1, chosen[:, : i + 1], float("-inf"))
-    return chosen
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -94,24 +60,14 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def farthest_first(weight: Tensor, distance: Tensor, k: int) -> Tensor:
-    """Greedy choice of k tokens by weight times distance to the nearest chosen one; [G, k], in order of choice.
+    """:func:`vtprune.ops.farthest_first` of scores that may be NaN.
 
-    Args:
-        weight: [G, N] non-negative.
-        distance: [G, N, N].
+    Raises:
+        NonFiniteScoresError: they are.
     """
     check_finite(weight)
     check_finite(distance)
-    image = torch.arange(len(weight), device=weight.device)
-    chosen = weight.argmax(-1)
-    order = [chosen]
-    nearest = torch.full_like(weight, float("inf"))
-    for _ in range(k - 1):
-        nearest = torch.minimum(nearest, distance[image, chosen].clamp(min=0))
-        nearest[image, chosen] = float("-inf")
-        chosen = (weight * nearest).where(nearest >= 0, nearest).argmax(-1)
-        order.append(chosen)
-    return torch.stack(order, 1)
+    return ops.farthest_first(weight, distance, k)
 
 
 def merged_into_closest(features: Tensor, kept: Tensor, beta: float) -> Selection:
@@ -122,11 +78,9 @@ def merged_into_closest(features: Tensor, kept: Tensor, beta: float) -> Selectio
         kept: [G, k] survivors; of equally close ones the first in this order counts.
         beta: 0 discards the others.
     """
-    n = features.shape[1]
-    if beta == 0 or kept.shape[1] == n:
+    if beta == 0 or kept.shape[1] == features.shape[1]:
         return Selection.of(kept)
-    vectors = normalize(features.float(), dim=-1)
-    closest, slot = (vectors @ vectors.transpose(1, 2)).gather(2, kept[:, None].expand(-1, n, -1)).max(-1)
+    closest, slot = ops.best_match(features, ops.gather_tokens(features, kept))
     target = kept.gather(1, slot).scatter(1, kept, kept)
     weight = (beta * closest.clamp(min=0)).scatter(1, kept, 1.0)
     total = torch.zeros_like(weight).scatter_add(1, target, weight)

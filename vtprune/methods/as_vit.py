@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import ModelFacts, Signal, Site, Stage, View, check_choice, resolve_keep, resolve_layer
 from vtprune.methods.emergent import Emergent
 from vtprune.methods.weights import Trained, located
 from vtprune.scoring import by_count, geometric
-from vtprune.selection import Selection, check_finite
+from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)

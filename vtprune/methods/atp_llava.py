@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError, VTPruneError
+from vtprune.finite import check_finite
 from vtprune.method import ModelFacts, Signal, Stage, View, check_choice
 from vtprune.methods.staged import Staged, StageView
 from vtprune.methods.weights import Trained, located
 from vtprune.selecting import min_max, widened
-from vtprune.selection import Selection, check_finite, topk
+from vtprune.selection import Selection, topk
 
 NEEDED = ("project.weight", "project.bias", "thresholds.weight", "thresholds.bias")
 

@@ -8,9 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
-from vtprune.selecting import dpp_map, min_max, unit
-from vtprune.selection import Selection, check_finite
+from vtprune.ops import dpp_map
+from vtprune.selecting import min_max, unit
+from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)

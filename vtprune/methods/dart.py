@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Signal, Site, View, resolve_layer
 from vtprune.ops import gather_tokens
 from vtprune.selecting import unit, widened
-from vtprune.selection import Selection, check_finite, topk
+from vtprune.selection import Selection, topk
 
 RESOLUTION = 10_000  # of a norm relative to the mean one
 

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Site, View
-from vtprune.selection import Selection, check_finite
+from vtprune.ops import farthest_first
+from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +38,8 @@ class DivPrune(Method):
         unit = normalize(view.features.float(), dim=-1)
         distance = 1 - unit @ unit.transpose(1, 2)  # [G, N, N]
         check_finite(distance)
-        n, k = view.n, view.k
-        if n == k:
-            return Selection.everything(len(unit), n, unit.device)
-        image = torch.arange(len(unit), device=unit.device)
-        itself = torch.eye(n, dtype=torch.bool, device=unit.device)
-        chosen = distance.masked_fill(itself, float("inf")).amin(-1).argmax(-1)  # [G]
-        order = [chosen]
-        # Distance of every token to the chosen set; -inf marks members.
-        nearest = torch.full_like(distance[:, 0], float("inf"))
-        for _ in range(k - 1):
-            nearest = torch.minimum(nearest, distance[image, chosen])
-            nearest[image, chosen] = float("-inf")
-            chosen = nearest.argmax(-1)
-            order.append(chosen)
-        return Selection.of(torch.stack(order, 1))
+        if view.n == view.k:
+            return Selection.everything(len(unit), view.n, unit.device)
+        itself = torch.eye(view.n, dtype=torch.bool, device=unit.device)
+        first = distance.masked_fill(itself, float("inf")).amin(-1).argmax(-1)  # [G]
+        return Selection.of(farthest_first(torch.ones_like(distance[:, 0]), distance, view.k, first))

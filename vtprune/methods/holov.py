@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import ModelFacts, Site, View
 from vtprune.methods.fastervlm import FasterVLM
 from vtprune.selecting import of_everyone, widened
-from vtprune.selection import Selection, check_finite
+from vtprune.selection import Selection
 
 EPSILON = 1e-6
 

@@ -8,10 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, check_choice, resolve_keep
-from vtprune.ops import gather_tokens
+from vtprune.ops import best_match, gather_tokens
 from vtprune.scoring import by_count, geometric, inner_layers
 from vtprune.selection import Selection, merged, topk
 
@@ -70,13 +69,13 @@ class MSTM(Method):
         (attention,) = (view[signal] for signal in view.signals)
         if view.k == view.n:
             return Selection.everything(len(attention), view.n, attention.device)
-        return mergence(attention.float().mean(1), normalize(view.features.float(), dim=-1), view.k)
+        return mergence(attention.float().mean(1), view.features, view.k)
 
 
-def mergence(scores: Tensor, unit: Tensor, k: int) -> Selection:
+def mergence(scores: Tensor, features: Tensor, k: int) -> Selection:
     """Merges all but the k best tokens [G, N] into the best of largest cosine, weighted by score."""
     crucial = topk(scores, k).sort(-1).values
-    nearest = (unit @ gather_tokens(unit, crucial).transpose(1, 2)).argmax(-1)
+    _, nearest = best_match(features, gather_tokens(features, crucial))
     target = crucial.gather(1, nearest).scatter(1, crucial, crucial)
     mass = torch.zeros_like(scores).scatter_add(1, target, scores)
     return merged(crucial, target, scores / mass.gather(1, target))

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import Signal, View
 from vtprune.methods.staged import Staged
 from vtprune.ops import gather_tokens
 from vtprune.selecting import density_peaks, widened
-from vtprune.selection import Selection, check_finite, merged, topk
+from vtprune.selection import Selection, merged, topk
 
 # Tokens of 576 left behind the three stages, by named average; the ends make the curve one from none to all.
 SCHEDULES = (

@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import normalize
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Site, View
-from vtprune.selection import Selection, check_finite
+from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)

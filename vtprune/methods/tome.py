@@ -7,9 +7,10 @@ from functools import partial
 from typing import ClassVar
 
 from vtprune.errors import InvalidOptionError, UnsupportedMethodError
+from vtprune.finite import check_finite
 from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, resolve_keep
 from vtprune.scoring import by_count, merge_pairs, rounded
-from vtprune.selection import Selection, check_finite
+from vtprune.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)

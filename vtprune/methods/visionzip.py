@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch.nn.functional import normalize
 
 from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, View, check_choice
-from vtprune.ops import gather_tokens
+from vtprune.ops import best_match, gather_tokens
 from vtprune.selection import Selection, merged, topk
 from vtprune.space import Range, Space
 
@@ -72,9 +71,7 @@ class VisionZip(Method):
             return Selection.of(dominant)
         m = rest.shape[1]
         targets = rest[:, :: m // c][:, :c]
-        unit = normalize(keys.float(), dim=-1)
-        cosine = gather_tokens(unit, rest) @ gather_tokens(unit, targets).transpose(1, 2)
-        nearest = cosine.argmax(-1)  # [G, M]
+        _, nearest = best_match(gather_tokens(keys, rest), gather_tokens(keys, targets))  # [G, M]
         is_target = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, targets, True).gather(1, rest)
         joined = torch.zeros_like(targets).scatter_add(1, nearest, (~is_target).long())  # members per target
         share = 1.0 / joined.gather(1, nearest).clamp(min=1)

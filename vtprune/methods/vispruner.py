@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 
 from vtprune.errors import InvalidOptionError
+from vtprune.finite import check_finite
 from vtprune.method import View
 from vtprune.methods.fastervlm import FasterVLM
-from vtprune.ops import gather_tokens
+from vtprune.ops import best_match, gather_tokens
 from vtprune.selecting import unit
-from vtprune.selection import Selection, check_finite, topk
+from vtprune.selection import Selection, topk
 
 STEP = 8
 
@@ -58,8 +59,8 @@ class VisPruner(FasterVLM):
         check_finite(features)
         while rest.shape[1] > diverse:
             here, between = rest[:, ::2], rest[:, 1::2]
-            cosine = gather_tokens(features, here) @ gather_tokens(features, between).transpose(1, 2)
+            closest, _ = best_match(gather_tokens(features, here), gather_tokens(features, between))
             leave = min(STEP, rest.shape[1] - diverse, here.shape[1])
-            kept = topk(cosine.amax(-1), here.shape[1])[:, leave:]
+            kept = topk(closest, here.shape[1])[:, leave:]
             rest = torch.cat([here.gather(1, kept), between], 1)
         return Selection.of(torch.cat([ranked[:, :by_attention], rest], 1))
