@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vtprune.finite import Check
 from vtprune.layout import TokenLayout
 from vtprune.method import CLS_SIGNALS, ENCODER_SIGNALS, VALUE_SIGNALS, WHOLE_IMAGE, ModelFacts, Signal
 from vtprune.report import Stopwatch
 from vtprune.selection import Selection
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Rows = Tensor | Sequence[Tensor]
+"""Values of several images: [I, N, ...] or a list of [N_i, ...]."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class Packing:
         units = [
             replace(
                 u,
-                slots=u.slots.to(device),
-                source=None if u.source is None else u.source.to(device),
-                nearest=None if u.nearest is None else u.nearest.to(device),
+                slots=u.slots.to(device, non_blocking=True),
+                source=None if u.source is None else u.source.to(device, non_blocking=True),
+                nearest=None if u.nearest is None else u.nearest.to(device, non_blocking=True),
             )
             for u in self.units
         ]
@@ -99,10 +102,11 @@ class Encoding:
         alive: int64 tensors, ascending indices of surviving tokens in the image's full grid.
         kept: site -> `alive` behind it.
         watches: site -> time spent measuring and deciding.
+        checks: checks of scores that the device has not answered yet.
         fired: number of decisions taken so far.
         sizes: [K_i] float per image, how many original tokens each alive one stands for; None while all are one.
         proportional: whether layers weigh tokens by these sizes.
-        signals: token-first tensors [N_i, ...] per image with the alive indices they were measured on.
+        signals: token-first values per image with the alive indices they were measured on.
         extra: whatever the vision tower needs to remember between its layers.
     """
 
@@ -118,10 +122,11 @@ class Encoding:
         self.layouts = list(layouts)
         self.packing = packing
         self.alive = [torch.arange(layout.n_tokens, device=device) for layout in layouts]
-        self.signals: dict[Signal, tuple[list[Tensor], list[Tensor]]] = {}
+        self.signals: dict[Signal, tuple[Rows, list[Tensor]]] = {}
         self.extra: dict[str, Any] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self.watches: dict[str, Stopwatch] = {}
+        self.checks: list[Check] = []
         self.fired = 0
         self.sizes: list[Tensor] | None = None
         self.proportional = False
@@ -130,28 +135,29 @@ class Encoding:
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
 
-    def resize(self, image: int, where: Tensor, selection: Selection) -> None:
+    def resize(self, image: int, where: Tensor | None, selection: Selection, g: int) -> None:
         """Updates the sizes of an image before its tokens are selected.
 
         Args:
-            where: [M] places of the deciding tokens among the alive ones.
+            where: [M] places of the deciding tokens among the alive ones; None for all of them.
             selection: of these M tokens.
+            g: number of the image in the selection.
         """
         if self.sizes is None and not selection.merges:
             return
         if self.sizes is None:
             self.sizes = [torch.ones(len(a), device=a.device) for a in self.alive]
-        size = self.sizes[image][where]
-        index = selection.index[0]
+        size = self.sizes[image] if where is None else self.sizes[image][where]
+        index = selection.index[g]
         if not selection.merges:
             self.sizes[image] = size[index]
             return
         if selection.mix is not None:
-            mix = selection.mix[0]
+            mix = selection.mix[g]
             self.sizes[image] = mix.div(mix.sum(0).clamp(min=1e-12)) @ size
             return
         assert selection.into is not None
-        into = selection.into[0]
+        into = selection.into[g]
         merged = torch.zeros(len(index) + 1, device=size.device).index_add(
             0, into.where(into >= 0, len(index)), size
         )
@@ -181,9 +187,24 @@ class Encoding:
             self._pixels = None
         return self._seeds
 
-    def record(self, signal: Signal, values: list[Tensor]) -> None:
-        """Stores a measured signal, token-first [N_i, ...] per image, for the tokens alive now."""
+    def record(self, signal: Signal, values: Rows) -> None:
+        """Stores a measured signal, token-first per image ([I, N, ...] or a list), for the tokens alive now."""
         self.signals[signal] = (values, self.alive)
+
+    def signal_of(self, signal: Signal, images: Sequence[int], tokens: Sequence[Tensor] | None) -> Rows:
+        """A signal of some images.
+
+        Args:
+            images: their numbers.
+            tokens: per image the tokens [K] of its grid that are asked for, alive now; None for all that are alive, of
+                all images in order.
+        """
+        values, alive = self.signals[signal]
+        if tokens is None:
+            if alive is self.alive or signal.kind in WHOLE_IMAGE:
+                return values
+            tokens = self.alive
+        return [self.signal(signal, i, t) for i, t in zip(images, tokens, strict=True)]
 
     def signal(self, signal: Signal, image: int, tokens: Tensor) -> Tensor:
         """A signal for some tokens [K] of an image's grid that are alive now, [K, ...]."""
@@ -217,27 +238,59 @@ class Encoding:
         """
         if unit.source is None:
             return torch.arange(unit.layout.n_tokens, device=self.device)
+        here = alive[unit.number]
         if self.packing is None:
-            return alive[unit.number]
-        return torch.isin(unit.source, alive[unit.number]).nonzero()[:, 0]
+            return here
+        if len(here) == self.layouts[unit.number].n_tokens:
+            return torch.arange(unit.layout.n_tokens, device=self.device)
+        # An image that lost tokens has lost its padding with them: all that are left are shown.
+        return torch.searchsorted(unit.source, here)
 
-    def unit_signal(self, signal: Signal, unit: Unit, tokens: Tensor) -> Tensor:
-        """A signal for some tokens [K] of a unit's grid that are alive now, [K, ...]."""
+    def unit_signals(self, signal: Signal, units: Sequence[Unit], tokens: Sequence[Tensor] | None) -> Rows:
+        """A signal of some units.
+
+        Args:
+            tokens: per unit the tokens [K] of its grid that are asked for, alive now; None for all of its grid.
+        """
+        first = units[0]
+        if tokens is None and signal.kind != "attention_map":
+            values, alive = self.signals[signal]
+            if first.source is None and all(u.image == first.image for u in units):
+                index = torch.cat([u.slots for u in units])
+                run: Tensor = self._resampled(signal)[first.image][index]
+                return run.view(len(units), -1, *run.shape[1:])
+            n = first.layout.n_tokens
+            if (
+                isinstance(values, Tensor)
+                and [u.number for u in units] == list(range(len(values)))
+                and all(len(a) == layout.n_tokens == n for a, layout in zip(alive, self.layouts, strict=True))
+            ):
+                return values
+        if tokens is None:
+            tokens = [torch.arange(u.layout.n_tokens, device=self.device) for u in units]
+        return [self._unit_signal(signal, u, t) for u, t in zip(units, tokens, strict=True)]
+
+    def _unit_signal(self, signal: Signal, unit: Unit, tokens: Tensor) -> Tensor:
         if unit.source is not None:
             return self.signal(signal, unit.number, unit.source[tokens])
         if signal.kind == "attention_map":
             # Not resampled along both axes: the map between the nearest tokens of the unit's own image.
             assert unit.nearest is not None
             return self.signal(signal, unit.number, unit.nearest[tokens])
+        return self._resampled(signal)[unit.image][unit.slots][tokens]
+
+    def _resampled(self, signal: Signal) -> list[Tensor]:
+        """Values [size, ...] of every run of placeholders, as the model resamples features."""
         assert self.packing is not None
         assert self.packing.pack is not None
         if signal not in self._packed:
             # [I, N, ...]; models that resample prune behind that only.
-            values = torch.stack(self.signals[signal][0])
+            values = self.signals[signal][0]
+            values = values if isinstance(values, Tensor) else torch.stack(list(values))
             self._packed[signal] = [
                 run.unflatten(-1, values.shape[2:]) for run in self.packing.pack(values.flatten(2))
             ]
-        return self._packed[signal][unit.image][unit.slots][tokens]
+        return self._packed[signal]
 
 
 @dataclass
@@ -322,7 +375,7 @@ class VisionTower(ABC):
         encoding: Encoding,
         signal: Signal,
         seen: Attended,
-    ) -> list[Tensor]:
+    ) -> Rows:
         """Computes a signal from what was read at a layer, per image: token-first, but for signals in `WHOLE_IMAGE`."""
 
     @abstractmethod
@@ -330,7 +383,7 @@ class VisionTower(ABC):
         """[N, C, P] per image: the pixels of every token, for an encoding that was just opened."""
 
     @abstractmethod
-    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
+    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> Rows:
         """Features [K_i, D] of the alive tokens of every image."""
 
     @abstractmethod

@@ -18,6 +18,7 @@ from vtprune.integrations.base import (
     Encoding,
     FeatureCall,
     Packing,
+    Rows,
     VisionTower,
 )
 from vtprune.layout import TokenLayout
@@ -105,7 +106,7 @@ def rectangle(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return torch.stack(list(rows)), None
     out = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     steps = torch.arange(out.shape[1], device=out.device)
-    return out, steps < torch.tensor(counts, device=out.device).unsqueeze(1)
+    return out, steps < torch.tensor(counts).to(out.device, non_blocking=True).unsqueeze(1)
 
 
 class BatchedViT(VisionTower):
@@ -180,7 +181,7 @@ class BatchedViT(VisionTower):
         encoding: Encoding,
         signal: Signal,
         seen: Attended,
-    ) -> list[Tensor]:
+    ) -> Rows:
         p, valid = self.prefix, encoding.extra.get("valid")
         if valid is None and not encoding.proportional and seen.kwargs.get(self._mask_argument) is not None:
             raise UnsupportedCallError(
@@ -188,7 +189,7 @@ class BatchedViT(VisionTower):
                 "would ignore; leave it out, or use a method that reads no attention"
             )
         if signal.kind in WHOLE_IMAGE:
-            return list(whole_image(signal, seen))
+            return whole_image(signal, seen)
         if encoding.proportional and encoding.sizes is not None and signal.kind in ATTENTION:
             seen = weighed(seen, p, encoding.sizes)
         grid = encoding.layouts[0]
@@ -197,7 +198,10 @@ class BatchedViT(VisionTower):
             old = encoding.extra["patches"]
             if (grid.rows, grid.cols) != old:
                 maps = block_map(maps, p, old, (grid.rows, grid.cols))
-            return [m[: p + n, : p + n] for m, n in zip(maps, encoding.counts, strict=True)]
+            counts = encoding.counts
+            if all(p + n == maps.shape[1] for n in counts):
+                return maps
+            return [m[: p + n, : p + n] for m, n in zip(maps, counts, strict=True)]
         if signal.kind == "cls_attention":
             values = ops.attention_rows(seen.q[:, :, :1], seen.k, seen.scale, valid)[:, :, 0, p:].transpose(
                 1, 2
@@ -225,10 +229,13 @@ class BatchedViT(VisionTower):
         images = nn.functional.pad(images, (0, missing[0], 0, missing[1]))[..., : rows * high, : cols * wide]
         return list(cut(images, grid.rows, grid.cols))
 
-    def _rows(self, encoding: Encoding, x: Tensor) -> list[Tensor]:
-        return [row[:n] for row, n in zip(x, encoding.counts, strict=True)]
+    def _rows(self, encoding: Encoding, x: Tensor) -> Rows:
+        counts = encoding.counts
+        if all(n == x.shape[1] for n in counts):
+            return x
+        return [row[:n] for row, n in zip(x, counts, strict=True)]
 
-    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
+    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> Rows:
         p = self.projector_prefix if at_projector else self.prefix
         return self._rows(encoding, hidden[:, p:])
 
@@ -299,7 +306,7 @@ class BatchedViT(VisionTower):
         full = projected.new_zeros(len(projected), p + n, projected.shape[-1])
         full[:, :p] = projected[:, :p]
         image = torch.cat([torch.full_like(alive, i) for i, alive in enumerate(encoding.alive)])
-        rows = torch.cat(self._rows(encoding, projected[:, p:]))
+        rows = torch.cat(list(self._rows(encoding, projected[:, p:])))
         return full.index_put((image, torch.cat(encoding.alive) + p), rows)
 
 
@@ -347,7 +354,7 @@ class PackedViT(VisionTower):
             layouts += [TokenLayout(h // side, w // side, modality, image, time) for time in range(t)]
         sizes = [layout.n_tokens * self.unit for layout in layouts]
         encoding = Encoding(self, layouts, lambda: pixels.split(sizes), pixels.device)
-        order = self._order(grid).to(pixels.device)
+        order = self._order(grid).to(pixels.device, non_blocking=True)
         encoding.extra.update(order=order, full_order=order, rows=None)
         return encoding
 
@@ -359,14 +366,16 @@ class PackedViT(VisionTower):
         encoding: Encoding,
         signal: Signal,
         seen: Attended,
-    ) -> list[Tensor]:
+    ) -> Rows:
         if signal.kind == "attention_map":
             return self._maps(encoding, seen)
         if signal.kind == "received_attention":
-            lengths = seen.kwargs["cu_seqlens"].diff().tolist()
-            parts = zip(seen.q.split(lengths, 2), seen.k.split(lengths, 2), strict=True)
-            received = [ops.received_attention(a, b, seen.scale) for a, b in parts]
-            per_patch = torch.cat(received, -1)[0].transpose(0, 1)
+            per_patch = torch.empty(*seen.q.shape[1:3], device=seen.q.device)  # [H, L]
+            for index in self._segments(encoding, seen.kwargs["cu_seqlens"]):
+                q, k = (x[0][:, index].transpose(0, 1) for x in (seen.q, seen.k))
+                received = ops.received_attention(q, k, seen.scale)
+                per_patch[:, index] = received.transpose(0, 1)
+            per_patch = per_patch.transpose(0, 1)
         else:
             per_patch = per_token(signal, seen)[0]
         # A token is the mean of its patches.
@@ -377,9 +386,32 @@ class PackedViT(VisionTower):
         shape = (-1, self.unit, self.channels, encoding.pictures()[0].shape[1] // self.channels)
         return [p.reshape(shape).transpose(1, 2).flatten(2) for p in encoding.pictures()]
 
+    def _lengths(self, encoding: Encoding, borders: Tensor) -> list[int]:
+        """Patches of every segment of attention; read from the device once per tensor, not in every layer."""
+        known: dict[int, tuple[Tensor, list[int]]] = encoding.extra.setdefault("lengths", {})
+        if id(borders) not in known:
+            known[id(borders)] = borders, borders.diff().tolist()
+        return known[id(borders)][1]
+
+    def _segments(self, encoding: Encoding, borders: Tensor) -> list[Tensor]:
+        """Patches [S, n] of all segments of attention that have n, for every n."""
+        known: dict[int, tuple[Tensor, list[Tensor]]] = encoding.extra.setdefault("segments", {})
+        if id(borders) not in known:
+            groups: dict[int, list[int]] = {}
+            start = 0
+            for n in self._lengths(encoding, borders):
+                groups.setdefault(n, []).append(start)
+                start += n
+            index = [
+                (torch.tensor(starts).unsqueeze(1) + torch.arange(n)).to(encoding.device, non_blocking=True)
+                for n, starts in groups.items()
+            ]
+            known[id(borders)] = borders, index
+        return known[id(borders)][1]
+
     def _maps(self, encoding: Encoding, seen: Attended) -> list[Tensor]:
         """[K, K] attention between the tokens of every image; zero across windows."""
-        lengths = seen.kwargs["cu_seqlens"].diff().tolist()
+        lengths = self._lengths(encoding, seen.kwargs["cu_seqlens"])
         parts = zip(seen.q.split(lengths, 2), seen.k.split(lengths, 2), strict=True)
         blocks = [ops.attention_rows(a, b, seen.scale).mean(1)[0] for a, b in parts]
         # A token's query is the mean of its patches' rows, what it receives the sum of their columns.
@@ -393,11 +425,14 @@ class PackedViT(VisionTower):
             start += n
         return out
 
-    def _in_order(self, encoding: Encoding, packed: Tensor) -> list[Tensor]:
+    def _in_order(self, encoding: Encoding, packed: Tensor) -> Rows:
         order: Tensor = encoding.extra["order"]
-        return list(packed[order.argsort()].split(encoding.counts))
+        rows, counts = packed[order.argsort()], encoding.counts
+        if len(set(counts)) == 1:
+            return rows.view(len(counts), -1, *rows.shape[1:])
+        return list(rows.split(counts))
 
-    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> list[Tensor]:
+    def read(self, encoding: Encoding, hidden: Tensor, at_projector: bool) -> Rows:
         return self._in_order(encoding, hidden.reshape(len(hidden) // self.unit, -1))
 
     def reduce(
@@ -408,11 +443,12 @@ class PackedViT(VisionTower):
             offsets.append(offsets[-1] + layout.n_tokens)
         ids = torch.cat([alive + start for alive, start in zip(encoding.alive, offsets, strict=False)])
         order: Tensor = encoding.extra["order"]
-        stays = torch.isin(order, ids)
-        kept_order = order[stays]
+        # Ascending places of those that stay; their number is known, so that nothing waits for the device.
+        stays = torch.isin(order, ids).to(torch.uint8)
+        places = stays.sort(descending=True, stable=True).indices[: len(ids)]
+        kept_order = order[places]
         old_rows = encoding.extra["rows"]
-        patch_stays = stays.repeat_interleave(self.unit)
-        index = patch_stays.nonzero()[:, 0]
+        index = (places.unsqueeze(1) * self.unit + torch.arange(self.unit, device=order.device)).flatten()
         encoding.extra.update(order=kept_order, rows=index if old_rows is None else old_rows[index])
         tokens = torch.cat(list(rows))[torch.searchsorted(ids, kept_order)]
         return tokens.reshape(len(tokens) * self.unit, -1)
@@ -421,16 +457,30 @@ class PackedViT(VisionTower):
         rows: Tensor | None = encoding.extra["rows"]
         if rows is None:
             return args, kwargs
-        kwargs = dict(kwargs)
+        # Layers are given the same tables and the same few tensors of borders, over and over.
+        done: dict[tuple[int, int], tuple[Tensor, Tensor]] = encoding.extra.setdefault("adapted", {})
+
+        def adapted(given: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+            key = id(given), encoding.fired
+            if key not in done:
+                done[key] = given, change(given)
+            return done[key][1]
+
+        def moved(borders: Tensor) -> Tensor:
+            alive = torch.zeros(n_patches + 1, dtype=torch.int64, device=rows.device)
+            alive[rows + 1] = 1
+            here = alive.cumsum(0)[borders.long()].to(borders.dtype)
+            # A window may have lost all its tokens (their number is data). `max_seqlen` stays a valid upper bound.
+            left: Tensor = torch.unique_consecutive(here)
+            return left
+
         tables = kwargs["position_embeddings"]
         n_patches = len(tables[0])
-        kwargs["position_embeddings"] = tuple(t[rows] for t in tables)
-        alive = torch.zeros(n_patches + 1, dtype=torch.int64, device=rows.device)
-        alive[rows + 1] = 1
-        borders = alive.cumsum(0)[kwargs["cu_seqlens"].long()].to(kwargs["cu_seqlens"].dtype)
-        # A window may have lost all its tokens. `max_seqlen`, where given, stays a valid upper bound.
-        kwargs["cu_seqlens"] = torch.unique_consecutive(borders)
-        return args, kwargs
+        return args, {
+            **kwargs,
+            "position_embeddings": tuple(adapted(t, lambda t: t[rows]) for t in tables),
+            "cu_seqlens": adapted(kwargs["cu_seqlens"], moved),
+        }
 
     def restore(self, encoding: Encoding, projected: Tensor) -> Tensor:
         full_order: Tensor = encoding.extra["full_order"]
@@ -484,7 +534,7 @@ class PackedGrid(VisionTower):
         encoding: Encoding,
         signal: Signal,
         seen: Attended,
-    ) -> list[Tensor]:
+    ) -> Rows:
         patches: list[tuple[int, int]] = encoding.extra["patches"]
         lengths = [h * w for h, w in patches]
         out = []

@@ -18,6 +18,7 @@ from vtprune import methods
 from vtprune.engine.encoder import EncoderEngine
 from vtprune.engine.journal import Journal
 from vtprune.errors import AlreadyPatchedError, InvalidOptionError, VTPruneError
+from vtprune.finite import answer
 from vtprune.integrations import FAMILIES, integrate
 from vtprune.integrations.base import Encoding, Integration
 from vtprune.method import DECODER_SIGNALS, Method, Signal, compose
@@ -114,6 +115,8 @@ class Patch:
             )
 
     def _new_report(self) -> Report:
+        if self._report is not None:
+            answer(self._report.checks, wait=False)
         return Report(
             method=self.method.key,
             options=self.method.options(),
@@ -136,6 +139,7 @@ class Patch:
         report = self._new_report()
         report.n_samples = len(encoding.layouts)
         report.watches = encoding.watches
+        report.checks = encoding.checks
         for i, layout in enumerate(encoding.layouts):
             report.images.append(
                 ImageReport(i, layout, {site: kept[i] for site, kept in encoding.kept.items()})
@@ -148,12 +152,14 @@ class Patch:
         Raises:
             VTPruneError: the model has not been called since it was patched.
             InertPruningError: other code removed hooks of the patch.
+            NonFiniteScoresError: scores of that call were NaN, which a GPU had not told yet.
         """
         self._journal.check()
         if self._report is None:
             raise VTPruneError(
                 "the model has not been called since it was patched, so there is nothing to report"
             )
+        answer(self._report.checks, wait=True)
         return self._report
 
     @property

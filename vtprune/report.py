@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import VTPruneError
+from vtprune.finite import Check
 from vtprune.layout import TokenLayout
 
 
@@ -122,6 +123,7 @@ class Report:
     speaking: dict[int, Tensor] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
     watches: dict[str, Stopwatch] = field(default_factory=dict, repr=False)
+    checks: list[Check] = field(default_factory=list, repr=False)
 
     @property
     def decide_ms(self) -> dict[str, float]:

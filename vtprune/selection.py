@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vtprune import ops
-from vtprune.errors import NonFiniteScoresError, VTPruneError
+from vtprune.errors import VTPruneError
+from vtprune.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,26 @@ class Selection:
             return Selection((self.index[g],))
         return Selection((self.index[g],), self.into[g : g + 1], self.weight[g : g + 1])
 
+    @property
+    def padded(self) -> Tensor:
+        """[G, K_max] `index`; shorter rows are filled up with their first entry."""
+        if len(set(self.counts)) == 1:
+            return torch.stack(self.index)
+        index = pad_sequence(list(self.index), batch_first=True, padding_value=-1)
+        return torch.where(index < 0, index[:, :1], index)
+
+    def index_of(self, names: Tensor) -> tuple[Tensor, ...]:
+        """Per image the names of the kept tokens; names [G, N] int64 of all of them."""
+        return tuple(row[:k] for row, k in zip(names.gather(1, self.padded), self.counts, strict=True))
+
+    def dropped(self, names: Tensor) -> tuple[Tensor, ...]:
+        """Per image the names of the tokens that are not kept; names [G, N] of all of them. Waits for no device."""
+        index = self.padded
+        kept = torch.zeros(names.shape, dtype=torch.uint8, device=index.device).scatter(1, index, 1)
+        order = kept.sort(dim=1, stable=True).indices
+        n = names.shape[1]
+        return tuple(row[: n - k] for row, k in zip(names.gather(1, order), self.counts, strict=True))
+
     def apply(self, x: Tensor) -> Tensor:
         """Applies a selection of one image to its tokens.
 
@@ -82,12 +104,27 @@ class Selection:
         """
         if len(self.index) != 1:
             raise VTPruneError(f"apply() works on one image, this selection holds {len(self.index)}")
+        return self.apply_all(x[None])[0]
+
+    def apply_all(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Applies it to the tokens of all images at once.
+
+        Args:
+            x: [G, N, D].
+
+        Returns:
+            [K_g, D] per image.
+        """
         if self.mix is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
-            return (self.mix[0].to(wide) @ x.to(wide)).to(x.dtype)
+            return tuple(
+                (m.to(wide) @ rows.to(wide)).to(x.dtype) for m, rows in zip(self.mix, x, strict=True)
+            )
         if self.into is None or self.weight is None:
-            return ops.gather_tokens(x[None], self.index[0][None])[0]
-        return ops.merge_tokens(x[None], self.into, self.weight, len(self.index[0]))[0]
+            out = ops.gather_tokens(x, self.padded)
+        else:
+            out = ops.merge_tokens(x, self.into, self.weight, max(self.counts))
+        return tuple(rows[:k] for rows, k in zip(out, self.counts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,15 +152,6 @@ def topk(scores: Tensor, k: int) -> Tensor:
     """Indices [G, k] of the k largest scores [G, N], best first, ties going to the lower index."""
     check_finite(scores)
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def check_finite(scores: Tensor) -> None:
-    """Raises NonFiniteScoresError if a score is NaN (one device synchronisation)."""
-    if bool(torch.isnan(scores).any()):
-        raise NonFiniteScoresError(
-            f"{int(torch.isnan(scores).sum())} of {scores.numel()} token scores are NaN, so no token can be "
-            "selected. Look for overflow in the model (float16 attention?) or a bug in the method's score."
-        )
 
 
 def merged(index: Tensor, target: Tensor, weight: Tensor) -> Selection:

@@ -17,7 +17,7 @@ from vtprune.engine.cache import physical_length
 from vtprune.engine.encoder import REPLACED
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.engine.run import Run
-from vtprune.engine.sequence import gather_mask, gather_positions, gather_table
+from vtprune.engine.sequence import gather_positions, gather_tables
 from vtprune.errors import InertPruningError, UnsupportedCallError, VTPruneError
 from vtprune.integrations.base import Decoder
 from vtprune.method import Bypass, BypassView
@@ -329,7 +329,7 @@ class BypassEngine(Bound):
         kwargs = {**kwargs, "attention_mask": self._mask(kwargs.get("attention_mask"), chosen, length)}
         tables = kwargs.get("position_embeddings")
         if tables is not None:
-            kwargs["position_embeddings"] = tuple(gather_table(t, index) for t in tables)
+            kwargs["position_embeddings"] = gather_tables(tables, index)
         ids = kwargs.get("position_ids")
         if ids is not None:
             # FlashAttention would read the gaps as borders of packed sequences.
@@ -347,7 +347,7 @@ class BypassEngine(Bound):
             kept = mask.expand(len(chosen.index), -1).gather(1, chosen.index)
             return kept if chosen.real is None else kept * chosen.real.to(kept.dtype)
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2:] == (length, length):
-            return gather_mask(mask, chosen.index, chosen.real)
+            return ops.gather_mask(mask, chosen.index, chosen.real)
         found = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedCallError(
             f"tokens cannot be carried past layers that are given {found} for {length} tokens; load the model with "

@@ -59,6 +59,11 @@ class CacheState:
     heads: dict[int, Tensor] = field(default_factory=dict)
 
     @property
+    def padded(self) -> bool:
+        """Whether every segment holds padding, so that its masks are explicit."""
+        return all(segment.valid is not None for segment in self.segments)
+
+    @property
     def croppable(self) -> int:
         """How many tokens can be cut off the end before a removed one is met."""
         if self.pruned is None:

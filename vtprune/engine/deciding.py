@@ -2,100 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.errors import InertPruningError, VTPruneError
+from vtprune.finite import Check, deferred
+from vtprune.integrations.base import Rows
 from vtprune.layout import TokenLayout
 from vtprune.method import WHOLE_IMAGE, Signal, Stage, View, resolve_keep
 from vtprune.selection import Selection
 
 
-@dataclass
-class Candidate:
-    """The tokens of one image at a site.
+class Candidates(ABC):
+    """The tokens of several images at a site.
 
     Attributes:
-        layout: grid of the image.
-        index: [N] int64, ascending indices of the tokens in that grid.
-        features: [N, D].
-        signal: gives a signal for these tokens, token-first [N, ...].
-        seed: gives the checksum of the image's pixels.
-        sizes: [N] how many original tokens each stands for; None for one each.
+        layouts: grid of every image.
+        counts: tokens of every image at the site (host integers).
+        checks: where checks of scores go that the device has not answered yet.
     """
 
-    layout: TokenLayout
-    index: Tensor
-    features: Tensor
-    signal: Callable[[Signal], Tensor]
-    seed: Callable[[], int]
-    sizes: Tensor | None = None
+    layouts: Sequence[TokenLayout]
+    counts: Sequence[int]
+    checks: list[Check]
+
+    @abstractmethod
+    def index(self, images: Sequence[int]) -> Tensor:
+        """[G, N] ascending indices of the tokens of equally large images in their grids."""
+
+    @abstractmethod
+    def features(self, images: Sequence[int]) -> Tensor:
+        """[G, N, D] of equally large images."""
+
+    @abstractmethod
+    def signal(self, signal: Signal, images: Sequence[int]) -> Rows:
+        """A signal of equally large images, token-first unless it has no tokens."""
+
+    @abstractmethod
+    def seed(self, image: int) -> int:
+        """Checksum of an image's pixels."""
+
+    def sizes(self, images: Sequence[int]) -> Tensor | None:
+        """[G, N] how many original tokens each stands for; None for one each."""
+        return None
 
 
-def decide(stage: Stage, images: Sequence[Candidate]) -> list[Selection]:
-    """One selection per image.
+@dataclass(frozen=True)
+class Decision:
+    """What a stage decided for some of the images, all with the same number of tokens.
+
+    Attributes:
+        images: their numbers.
+        selection: of their tokens, in the same order.
+    """
+
+    images: Sequence[int]
+    selection: Selection
+
+
+def decide(stage: Stage, candidates: Candidates) -> list[Decision]:
+    """Every image belongs to one decision.
 
     Raises:
         InertPruningError: the budget demanded pruning and nothing was removed.
         VTPruneError: the method returned something that is no selection of these tokens.
     """
+    counts, layouts = candidates.counts, candidates.layouts
     budgets = [
-        len(c.index) if stage.keep is None else min(resolve_keep(stage.keep, c.layout.n_tokens), len(c.index))
-        for c in images
+        n if stage.keep is None else min(resolve_keep(stage.keep, layout.n_tokens), n)
+        for n, layout in zip(counts, layouts, strict=True)
     ]
-    out: list[Selection | None] = [None] * len(images)
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, (c, k) in enumerate(zip(images, budgets, strict=True)):
-        n = len(c.index)
+    for i, key in enumerate(zip(counts, budgets, strict=True)):
+        groups.setdefault(key, []).append(i)
+    decisions = []
+    for (n, k), images in groups.items():
+        index = candidates.index(images)
         if n == 0 or (stage.keep is not None and k == n and stage.must_prune):
-            out[i] = Selection.everything(1, n, c.index.device)
-        else:
-            groups.setdefault((n, k), []).append(i)
-    for (n, k), members in groups.items():
-        batch = [images[i] for i in members]
+            decisions.append(Decision(images, Selection.everything(len(images), n, index.device)))
+            continue
         view = View(
-            features=torch.stack([c.features for c in batch]),
-            index=torch.stack([c.index for c in batch]),
-            layout=[c.layout for c in batch],
+            features=candidates.features(images),
+            index=index,
+            layout=[layouts[i] for i in images],
             k=k,
-            n_original=[c.layout.n_tokens for c in batch],
-            seeds=lambda batch=batch: [c.seed() for c in batch],  # type: ignore[misc]
-            signals={s: _signal(s, batch) for s in stage.needs},
-            sizes=_sizes(batch),
+            n_original=[layouts[i].n_tokens for i in images],
+            seeds=lambda images=images: [candidates.seed(i) for i in images],  # type: ignore[misc]
+            signals={s: _signal(s, candidates.signal(s, images)) for s in stage.needs},
+            sizes=candidates.sizes(images),
         )
-        with torch.no_grad():
+        with torch.no_grad(), deferred() as checks:
             selection = stage.decide(view)
-        _check(selection, stage, len(batch), n)
-        for g, i in enumerate(members):
-            out[i] = selection.image(g)
-    chosen = [s for s in out if s is not None]
-    removed = any(len(s.index[0]) < len(c.index) for s, c in zip(chosen, images, strict=True))
-    demanded = any(k < len(c.index) for k, c in zip(budgets, images, strict=True))
+        candidates.checks += checks
+        _check(selection, stage, len(images), n)
+        decisions.append(Decision(images, selection))
+    removed = any(kept < counts[d.images[0]] for d in decisions for kept in d.selection.counts)
+    demanded = any(k < n for k, n in zip(budgets, counts, strict=True))
     if stage.must_prune and demanded and not removed:
         raise InertPruningError(
-            f"the method had to prune at {stage.site} (budgets {budgets} of {[len(c.index) for c in images]} tokens) "
-            "and removed nothing"
+            f"the method had to prune at {stage.site} (budgets {budgets} of {list(counts)} tokens) and removed nothing"
         )
-    return chosen
+    return decisions
 
 
-def _sizes(batch: Sequence[Candidate]) -> Tensor | None:
-    if all(c.sizes is None for c in batch):
-        return None
-    return torch.stack(
-        [torch.ones(len(c.index), device=c.index.device) if c.sizes is None else c.sizes for c in batch]
-    )
-
-
-def _signal(signal: Signal, batch: Sequence[Candidate]) -> Tensor:
-    values = [c.signal(signal) for c in batch]
+def _signal(signal: Signal, values: Rows) -> Tensor:
     if signal.kind in ("prompt_attention", "text_features"):
-        rows = nn.utils.rnn.pad_sequence(values, batch_first=True)  # [G, T, H, N] or [G, T, D]
+        rows = nn.utils.rnn.pad_sequence(list(values), batch_first=True)  # [G, T, H, N] or [G, T, D]
         return rows.transpose(1, 2) if rows.ndim == 4 else rows
-    value = torch.stack(values)  # [G, N, ...] unless it has no tokens
+    # [G, N, ...] unless it has no tokens
+    value = values if isinstance(values, Tensor) else torch.stack(list(values))
     plain = (*WHOLE_IMAGE, "attention_map", "encoder_keys", "input_features", "patch_pixels")
     has_heads = value.ndim > 2 and signal.kind not in plain
     return value.transpose(1, 2) if has_heads else value

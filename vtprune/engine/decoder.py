@@ -13,22 +13,28 @@ from torch import Tensor, nn
 
 from vtprune import ops
 from vtprune.engine.cache import done, install, state_of, widen, writing
-from vtprune.engine.deciding import Candidate, decide
+from vtprune.engine.deciding import Candidates, decide
 from vtprune.engine.decoder_signals import DecoderSignals, sees
 from vtprune.engine.encoder import REPLACED, EncoderEngine
 from vtprune.engine.heads import SILENCED, HeadEngine
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
-from vtprune.engine.prompt import Frame, Memos, PromptImage, locate, merged_frame, open_frame
+from vtprune.engine.prompt import (
+    Frame,
+    Memos,
+    PromptImage,
+    encoder_signal,
+    locate,
+    merged_frame,
+    open_frame,
+)
 from vtprune.engine.run import Run
-from vtprune.engine.sequence import Segment, TokenSequence, gather_mask, gather_positions, gather_table
+from vtprune.engine.sequence import Segment, TokenSequence, flat, gather_tables
 from vtprune.errors import InertPruningError, UnsupportedCallError
-from vtprune.integrations.base import Decoder, Integration
+from vtprune.finite import answer
+from vtprune.integrations.base import Decoder, Integration, Rows
 from vtprune.method import DECODER_SIGNALS, HeadStage, Signal, Stage
 from vtprune.report import LayerReport, Report, Stopwatch
 from vtprune.selection import Selection
-
-# (image, [K] indices into its full grid) -> [K] places in the hidden states at hand
-Where = Callable[[PromptImage, Tensor], Tensor]
 
 
 class DecoderEngine(Bound):
@@ -188,6 +194,8 @@ class DecoderEngine(Bound):
         if frame is not None and frame.mask is not None:
             mask = frame.mask
         windowed = bool(self.decoder.windows)
+        if state is not None:
+            answer(state.report.checks, wait=False)
         run = Run(TokenSequence.open(embeds, mask, cache, state, windowed))
         run.heads = dict(state.heads) if state is not None else {}
         if windowed and self.decoder.reads_positions():
@@ -202,13 +210,12 @@ class DecoderEngine(Bound):
                     "of its own around pictures; run the whole conversation at once"
                 )
             run.ready = ready
-            run.images, encodings, separators = locate(
-                frame, self.placeholders, self.encoder.history(), self.owner, embeds.device
-            )
             assert frame.ids is not None
-            ids = frame.ids.to(embeds.device)
-            # Compared one by one: a tensor of them would be a copy to the device.
-            run.placeholders = torch.stack([ids == token for token in self.placeholders.values()]).any(0)
+            ids = frame.ids.cpu()
+            run.images, encodings, separators = locate(
+                frame, ids, self.placeholders, self.encoder.history(), self.owner, embeds.device
+            )
+            run.placeholders = torch.isin(ids, torch.tensor(list(self.placeholders.values())))
             run.report = self.new_report()
             run.report.separator_tokens = separators
             run.report.n_samples = len(embeds)
@@ -216,6 +223,7 @@ class DecoderEngine(Bound):
             for encoding in encodings:
                 self.encoder.check(encoding)
                 run.report.watches.update(encoding.watches)
+                run.report.checks += encoding.checks
             if cache is None and frame.key is not None and frame.ids is not None:
                 run.memo = self.memos.recall(frame.key, frame.ids)
         run.tokens.set_positions(kwargs.get("position_ids"), self.decoder.mrope)
@@ -247,24 +255,27 @@ class DecoderEngine(Bound):
         tokens = run.tokens
         if self.signals.needs_inputs:
             run.embeds = embeds.detach()
-        dropped = [(i.row, _without(i.cols, i.alive)) for i in run.images if len(i.alive) < len(i.cols)]
+        dropped = _dropped_before(run.images)
         if dropped:
             tokens.drop(dropped, self.renumber_encoder)
         for number, stage in self.stages:
             if stage.site.kind == "projector" and run.images:
-                embeds = self._stage(run, number, stage, embeds, lambda i, index: i.cols[index])
+                embeds = self._stage(run, number, stage, embeds, None)
         segment = tokens.begin_segment(0)
         if segment.col is None and tokens.state is None:
             return {"inputs_embeds": embeds}
+        positions = tokens.all_position_ids(segment)
         if segment.col is not None:
-            embeds = ops.gather_tokens(embeds, segment.col)
+            index = [segment.col, segment.col]
+            embeds, positions = ops.gather_many([embeds, positions.unsqueeze(-1)], index)
+            positions = positions.squeeze(-1)
         mask = segment.all_valid
         if mask is None and tokens.cache is None:
             # An explicit mask keeps gaps in the positions from being read as packed sequences.
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return {
             "inputs_embeds": embeds,
-            "position_ids": tokens.position_ids(segment),
+            "position_ids": positions,
             "attention_mask": None if mask is None else mask.long(),
         }
 
@@ -355,26 +366,40 @@ class DecoderEngine(Bound):
         tokens = run.tokens
         before, first = tokens.now, tokens.segments[0]
         if run.images:
-            repeated = run.memo is not None and all(n in run.memo.selections for n, _ in self.stages)
+            repeated = run.memo is not None and all(n in run.memo.decisions for n, _ in self.stages)
             if self.signals.crossing and not repeated:
                 assert run.report is not None
                 with run.report.watches.setdefault(str(stages[0][1].site), Stopwatch(hidden.device)):
                     self.signals.carry(run, layer, hidden)
             slot_of = tokens.slot_of(before)
             for number, stage in stages:
-                hidden = self._stage(
-                    run, number, stage, hidden, lambda i, index: slot_of[i.row, i.cols[index]]
-                )
+                hidden = self._stage(run, number, stage, hidden, slot_of)
         segment = tokens.begin_segment(layer)
-        if segment.col is not None:
-            hidden = ops.gather_tokens(hidden, tokens.slot_of(before).gather(1, segment.col))
-            segment.index = tokens.slot_of(first).gather(1, segment.col)
         segment.renumbered = before.renumbered or any(stage.positions == "dense" for _, stage in stages)
         segment.position_ids = first.position_ids
+        if segment.col is not None:
+            index = tokens.slot_of(before).gather(1, segment.col)
+            segment.index = tokens.slot_of(first).gather(1, segment.col) if before is not first else index
+            hidden = self._gather(run, segment, hidden, index)
         if segment.renumbered:
             segment.position_ids = tokens.position_ids(segment)
-        elif segment.index is not None and first.position_ids is not None:
-            segment.position_ids = gather_positions(first.position_ids, segment.index)
+        return hidden
+
+    def _gather(self, run: Run, segment: Segment, hidden: Tensor, index: Tensor) -> Tensor:
+        """Hidden states of a segment's slots; in the same launch position ids and tables that only need gathering."""
+        first = run.tokens.segments[0]
+        assert segment.index is not None
+        moved, kinds = [hidden], list(first.tables) if not segment.renumbered else []
+        for kind in kinds:
+            moved += first.tables[kind]
+        if first.position_ids is not None and not segment.renumbered:
+            moved.append(first.position_ids.unsqueeze(-1))
+        hidden, *rest = ops.gather_many(moved, [index] + [segment.index] * (len(moved) - 1))
+        for kind in kinds:
+            n = len(first.tables[kind])
+            segment.tables[kind], rest = tuple(rest[:n]), rest[n:]
+        if rest:
+            segment.position_ids = rest[0].squeeze(-1)
         return hidden
 
     def _tables(self, run: Run, segment: Segment, kind: str, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -385,7 +410,7 @@ class DecoderEngine(Bound):
                 tables = self.decoder.rotary(hidden, run.tokens.position_ids(segment), kind)
             elif segment.index is not None:
                 index = segment.index
-                tables = tuple(gather_table(t, index) for t in tables)
+                tables = gather_tables(tables, index)
             segment.tables[kind] = tables
         return segment.tables[kind]
 
@@ -400,7 +425,7 @@ class DecoderEngine(Bound):
         kind = self.decoder.kinds[layer]
         if kind in run.ready:
             ready = run.ready[kind]
-            return ready if segment.col is None else gather_mask(ready, segment.col, segment.valid)
+            return ready if segment.col is None else ops.gather_mask(ready, segment.col, segment.valid)
         if kind not in self.decoder.windows:
             # Sized by this layer: those before it have taken up the new tokens already.
             return self.decoder.causal_mask(hidden, segment.all_valid, run.tokens.cache, layer)
@@ -434,55 +459,45 @@ class DecoderEngine(Bound):
 
     # Shared by both kinds of sites -----------------------------------------------------------------------------
 
-    def _stage(self, run: Run, number: int, stage: Stage, hidden: Tensor, where: Where) -> Tensor:
-        """Lets a stage decide, and applies the decision to everything but the slots."""
+    def _stage(self, run: Run, number: int, stage: Stage, hidden: Tensor, slot_of: Tensor | None) -> Tensor:
+        """Lets a stage decide, and applies the decision to everything but the slots.
+
+        Args:
+            slot_of: [B, length] slot of every prompt column in `hidden`; None if it holds all of them.
+        """
         assert run.report is not None
         with run.report.watches.setdefault(str(stage.site), Stopwatch(hidden.device)):
-            features = [hidden[i.row, where(i, i.alive)] for i in run.images]
-            selections = run.memo.selections.get(number) if run.memo is not None else None
-            if selections is None:
-                selections = self._decide(run, stage, features, where, hidden)
+            tokens = _Prompted(run, hidden, slot_of)
+            decisions = run.memo.decisions.get(number) if run.memo is not None else None
+            if decisions is None:
+                kinds = [s for s in stage.needs if s.kind in DECODER_SIGNALS]
+                tokens.measured = {s: self.signals.measure(run, s, hidden) for s in kinds}
+                decisions = decide(stage, tokens)
                 if run.memo is not None:
-                    run.memo.selections[number] = selections
+                    run.memo.decisions[number] = decisions
+            removed: list[tuple[int, Tensor]] = []
+            places: list[tuple[int, Tensor]] = []
+            values: list[Tensor] = []
+            for decision in decisions:
+                selection, images = decision.selection, [run.images[i] for i in decision.images]
+                n = tokens.counts[decision.images[0]]
+                if selection.merges:
+                    slots = selection.index_of(tokens.slots(decision.images))
+                    places += zip((i.row for i in images), slots, strict=True)
+                    values += selection.apply_all(tokens.features(decision.images))
+                if any(k < n for k in selection.counts):
+                    gone = selection.dropped(tokens.cols(decision.images))
+                    removed += [(i.row, cols) for i, cols in zip(images, gone, strict=True) if len(cols)]
+                left = selection.index_of(tokens.index(decision.images))
+                for image, alive in zip(images, left, strict=True):
+                    image.alive = alive
+                    image.report.kept[str(stage.site)] = alive
+            if values:
+                hidden = hidden.index_put(flat(places, hidden.device), torch.cat(values))
+            if removed:
+                run.tokens.drop(removed, stage.positions == "dense")
         run.fired.add(number)
-        removed = []
-        merges = any(s.merges for s in selections)
-        if merges:
-            hidden = hidden.clone()
-        for image, selection, rows in zip(run.images, selections, features, strict=True):
-            index = selection.index[0]
-            kept = image.alive[index]
-            if merges:
-                hidden[image.row, where(image, kept)] = selection.apply(rows)
-            if len(kept) < len(image.alive):
-                removed.append((image.row, image.cols[_without(image.alive, index)]))
-            image.alive = kept
-            image.report.kept[str(stage.site)] = kept
-        if removed:
-            run.tokens.drop(removed, stage.positions == "dense")
         return hidden
-
-    def _decide(
-        self, run: Run, stage: Stage, features: Sequence[Tensor], where: Where, hidden: Tensor
-    ) -> list[Selection]:
-        read = {s: self.signals.measure(run, s, hidden) for s in stage.needs if s.kind in DECODER_SIGNALS}
-
-        def signal(image: PromptImage, s: Signal) -> Tensor:
-            return read[s](image, where(image, image.alive)) if s in read else image.signal(s)
-
-        return decide(
-            stage,
-            [
-                Candidate(
-                    layout=i.unit.layout,
-                    index=i.alive,
-                    features=rows,
-                    signal=lambda s, i=i: signal(i, s),  # type: ignore[misc]
-                    seed=i.seed,
-                )
-                for i, rows in zip(run.images, features, strict=True)
-            ],
-        )
 
     # Reporting -------------------------------------------------------------------------------------------------
 
@@ -515,11 +530,79 @@ class DecoderEngine(Bound):
         return len(kept[-1]) if kept else image.report.tokens_in
 
 
-def _without(values: Tensor, index: Tensor) -> Tensor:
-    """`values` [N] less the entries at `index` [K]."""
-    stays = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    stays[index] = False
-    return values[stays]
+class _Prompted(Candidates):
+    """The visual tokens of a prompt as a stage at or in the language model sees them.
+
+    Args:
+        run: the pass.
+        hidden: [B, n_slots, D] states at the stage.
+        slot_of: see :meth:`DecoderEngine._stage`.
+
+    Attributes:
+        measured: signals of the language model.
+    """
+
+    def __init__(self, run: Run, hidden: Tensor, slot_of: Tensor | None) -> None:
+        assert run.report is not None
+        self._run, self._hidden, self._slot_of, self.checks = run, hidden, slot_of, run.report.checks
+        self.layouts = [i.unit.layout for i in run.images]
+        self.counts = [len(i.alive) for i in run.images]
+        self.measured: dict[Signal, Callable[[PromptImage, Tensor], Tensor]] = {}
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+        self._features: dict[tuple[int, ...], Tensor] = {}
+
+    def _some(self, images: Sequence[int]) -> list[PromptImage]:
+        return [self._run.images[i] for i in images]
+
+    def index(self, images: Sequence[int]) -> Tensor:
+        return torch.stack([i.alive for i in self._some(images)])
+
+    def cols(self, images: Sequence[int]) -> Tensor:
+        """[G, N] columns of the tokens in the prompt."""
+        if tuple(images) not in self._columns:
+            self._columns[tuple(images)] = torch.stack(
+                [i.cols if len(i.alive) == len(i.cols) else i.cols[i.alive] for i in self._some(images)]
+            )
+        return self._columns[tuple(images)]
+
+    def _rows(self, images: Sequence[int]) -> Tensor:
+        return (
+            torch.tensor([i.row for i in self._some(images)])
+            .to(self._hidden.device, non_blocking=True)
+            .unsqueeze(1)
+        )
+
+    def slots(self, images: Sequence[int]) -> Tensor:
+        """[G, N] places of the tokens in the hidden states."""
+        cols = self.cols(images)
+        return cols if self._slot_of is None else self._slot_of[self._rows(images), cols]
+
+    def features(self, images: Sequence[int]) -> Tensor:
+        if tuple(images) not in self._features:
+            self._features[tuple(images)] = self._hidden[self._rows(images), self.slots(images)]
+        return self._features[tuple(images)]
+
+    def signal(self, signal: Signal, images: Sequence[int]) -> Rows:
+        if signal in self.measured:
+            read = self.measured[signal]
+            return [read(i, s) for i, s in zip(self._some(images), self.slots(images), strict=True)]
+        return encoder_signal(signal, self._some(images))
+
+    def seed(self, image: int) -> int:
+        return self._run.images[image].seed()
+
+
+def _dropped_before(images: Sequence[PromptImage]) -> list[tuple[int, Tensor]]:
+    """(row, columns) of what stages in and behind the encoder removed."""
+    groups: dict[int, list[PromptImage]] = {}
+    for image in images:
+        if len(image.alive) < len(image.cols):
+            groups.setdefault(len(image.cols), []).append(image)
+    removed: list[tuple[int, Tensor]] = []
+    for some in groups.values():
+        gone = Selection(tuple(i.alive for i in some)).dropped(torch.stack([i.cols for i in some]))
+        removed += [(i.row, cols) for i, cols in zip(some, gone, strict=True)]
+    return removed
 
 
 def _ready_masks(given: Any, kinds: Sequence[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from vtprune import ops
 from vtprune.engine.journal import Journal
 from vtprune.engine.prompt import PromptImage
 from vtprune.engine.run import Run
-from vtprune.engine.sequence import Segment, gather_mask, gather_table
+from vtprune.engine.sequence import Segment, gather_tables
 from vtprune.integrations.base import Decoder
 from vtprune.method import CARRIED_SIGNALS, DECODER_SIGNALS, INPUT_SIGNALS, Signal
 
@@ -106,7 +106,7 @@ class DecoderSignals:
                 return lambda image, slots: rows[image.row][:, slots].transpose(0, 1)
             if signal.kind == "prompt_attention":
                 return self._prompt(run, q, k, visible, scale)
-            return self._received(run, q, k, visible, scale)
+            return self._received(run, signal, q, k, visible, scale)
 
     def _inputs(self, run: Run, signal: Signal) -> Callable[[PromptImage, Tensor], Tensor]:
         assert run.embeds is not None
@@ -137,7 +137,7 @@ class DecoderSignals:
             return (x if norm is None else norm.forward(x)).transpose(1, 2)
 
         q = heads(raw_q, "q")
-        rows = tuple(gather_table(t, tokens.last_slot()) for t in tables) if q.shape[2] == 1 else tables
+        rows = gather_tables(tables, tokens.last_slot()) if q.shape[2] == 1 else tables
         q = self.decoder.rotate(attention, q, *rows)
         if raw_k is None:
             k: Tensor = tokens.cache.layers[layer].keys
@@ -182,9 +182,21 @@ class DecoderSignals:
         return value
 
     def _received(
-        self, run: Run, q: Tensor, k: Tensor, visible: Callable[[Tensor], Tensor], scale: float
+        self,
+        run: Run,
+        signal: Signal,
+        q: Tensor,
+        k: Tensor,
+        visible: Callable[[Tensor], Tensor],
+        scale: float,
     ) -> Callable[[PromptImage, Tensor], Tensor]:
         tokens, segment = run.tokens, run.tokens.now
+        kind = self.decoder.kinds[signal.layer]
+        if kind not in run.ready and kind not in self.decoder.windows:
+            received = ops.attention_columns(q, k, scale, segment.all_valid, segment.valid, causal=True)[
+                :, :, -segment.n_slots :
+            ]
+            return lambda image, slots: received[image.row][:, slots].transpose(0, 1)
         total = torch.zeros(q.shape[0], q.shape[1], k.shape[2], device=q.device)
         for start in range(0, q.shape[2], CHUNK):
             slots = torch.arange(start, min(start + CHUNK, q.shape[2]), device=q.device)
@@ -203,7 +215,7 @@ def _shown(mask: Tensor, segment: Segment, slots: Tensor) -> Tensor:
     A row that sees nothing, which is padding, sees everything.
     """
     if segment.col is not None:
-        mask = gather_mask(mask, segment.col, segment.valid)
+        mask = ops.gather_mask(mask, segment.col, segment.valid)
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     rows = seen[:, 0].expand(len(slots), -1, -1)
     rows = rows.gather(1, slots.unsqueeze(-1).expand(-1, -1, rows.shape[2]))

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.engine.deciding import Candidate, decide
+from vtprune.engine.deciding import Candidates, decide
 from vtprune.engine.journal import Bound, Journal, refuse_rerun
 from vtprune.errors import InertPruningError
-from vtprune.integrations.base import Attended, Encoding, FeatureCall, VisionTower
-from vtprune.layout import TokenLayout
+from vtprune.integrations.base import Attended, Encoding, FeatureCall, Rows, Unit, VisionTower
 from vtprune.method import Signal, Stage
 from vtprune.report import Stopwatch
 
@@ -190,48 +189,27 @@ class EncoderEngine(Bound):
             journal.pre_hook(tap.output, keep_mixed)
         journal.hook(tap.module, measure)
 
-    def _select(self, encoding: Encoding, stage: Stage, rows: list[Tensor]) -> list[Tensor]:
+    def _select(self, encoding: Encoding, stage: Stage, rows: Rows) -> list[Tensor]:
         """Lets a stage decide; returns the surviving rows of every image and narrows the encoding."""
         before = encoding.alive
         with self.watch(encoding, str(stage.site), rows[0].device):
-            # (image, its grid as the stage sees it, alive tokens in that grid, the same in the encoder's grid)
-            seen: list[tuple[int, TokenLayout, Tensor, Tensor]] = []
-            if encoding.packing is None:
-                seen = [(i, grid, before[i], before[i]) for i, grid in enumerate(encoding.layouts)]
-            else:
-                # Padding of tiles is never shown, so it must not take part of a budget.
-                for unit in encoding.packing.units:
-                    assert unit.source is not None
-                    index = encoding.shown(unit, before)
-                    seen.append((unit.number, unit.layout, index, unit.source[index]))
-            features = [
-                rows[i] if len(tokens) == len(before[i]) else rows[i][torch.searchsorted(before[i], tokens)]
-                for i, _, _, tokens in seen
-            ]
-            selections = decide(
-                stage,
-                [
-                    Candidate(
-                        layout=layout,
-                        index=index,
-                        features=x,
-                        signal=lambda s, i=i, tokens=tokens: encoding.signal(s, i, tokens),  # type: ignore[misc]
-                        seed=lambda i=i: encoding.seeds()[i],  # type: ignore[misc]
-                        sizes=None
-                        if encoding.sizes is None
-                        else encoding.sizes[i][torch.searchsorted(before[i], tokens)],
-                    )
-                    for (i, layout, index, tokens), x in zip(seen, features, strict=True)
-                ],
-            )
-        encoding.alive = list(before)
-        kept = list(rows)
-        for (i, _, _, tokens), x, selection in zip(seen, features, selections, strict=True):
-            # An image that loses nothing keeps its padding too: its other tokens attend to that.
-            if len(selection.index[0]) < len(tokens) or selection.merges:
-                encoding.resize(i, torch.searchsorted(before[i], tokens), selection)
-                encoding.alive[i] = tokens[selection.index[0]]
-                kept[i] = selection.apply(x)
+            tokens = _Encoded(encoding, rows)
+            decisions = decide(stage, tokens)
+            encoding.alive = list(before)
+            kept = list(rows)
+            for decision in decisions:
+                selection, numbers = decision.selection, [tokens.numbers[i] for i in decision.images]
+                n = tokens.counts[decision.images[0]]
+                # An image that loses nothing keeps its padding too: its other tokens attend to that.
+                changed = [selection.merges or k < n for k in selection.counts]
+                if not any(changed):
+                    continue
+                left = selection.index_of(tokens.grid_index(decision.images))
+                new = selection.apply_all(tokens.features(decision.images))
+                for g, (i, image) in enumerate(zip(decision.images, numbers, strict=True)):
+                    if changed[g]:
+                        encoding.resize(image, tokens.places(i), selection, g)
+                        encoding.alive[image], kept[image] = left[g], new[g]
         encoding.fired += 1
         encoding.proportional |= stage.proportional
         encoding.kept[str(stage.site)] = list(encoding.alive)
@@ -284,3 +262,73 @@ class EncoderEngine(Bound):
         self.check(encoding)
         self.finish(encoding)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class _Encoded(Candidates):
+    """The tokens of an encoder run as a stage sees them: without padding of tiles, which must not take part of a budget.
+
+    Args:
+        encoding: the run.
+        rows: features of the alive tokens of every image.
+    """
+
+    def __init__(self, encoding: Encoding, rows: Rows) -> None:
+        self.encoding, self._rows, self.checks = encoding, rows, encoding.checks
+        units = encoding.packing.units if encoding.packing is not None else None
+        if units is None:
+            self.numbers = list(range(len(encoding.layouts)))
+            self.layouts = encoding.layouts
+            self._index = self._tokens = encoding.alive
+        else:
+            self.numbers = [unit.number for unit in units]
+            self.layouts = [unit.layout for unit in units]
+            self._index = [encoding.shown(unit, encoding.alive) for unit in units]
+            self._tokens = [_source(unit)[index] for unit, index in zip(units, self._index, strict=True)]
+        self.counts = [len(index) for index in self._index]
+        alive = encoding.counts
+        # Whether all alive tokens of an image are shown.
+        self._whole = [n == alive[number] for n, number in zip(self.counts, self.numbers, strict=True)]
+
+    def index(self, images: Sequence[int]) -> Tensor:
+        return torch.stack([self._index[i] for i in images])
+
+    def grid_index(self, images: Sequence[int]) -> Tensor:
+        """[G, N] indices of the tokens in the encoder's own grid."""
+        return torch.stack([self._tokens[i] for i in images])
+
+    def places(self, image: int) -> Tensor | None:
+        """[N] places of the tokens among the alive ones of their image; None if they are all of them."""
+        if self._whole[image]:
+            return None
+        return torch.searchsorted(self.encoding.alive[self.numbers[image]], self._tokens[image])
+
+    def _of(self, values: Rows, image: int) -> Tensor:
+        here, places = values[self.numbers[image]], self.places(image)
+        return here if places is None else here[places]
+
+    def _all(self, images: Sequence[int]) -> bool:
+        """Whether these are all alive tokens of all images, in order."""
+        everyone = list(range(len(self.encoding.layouts)))
+        return [self.numbers[i] for i in images] == everyone and all(self._whole)
+
+    def features(self, images: Sequence[int]) -> Tensor:
+        if isinstance(self._rows, Tensor) and self._all(images):
+            return self._rows
+        return torch.stack([self._of(self._rows, i) for i in images])
+
+    def signal(self, signal: Signal, images: Sequence[int]) -> Rows:
+        numbers = [self.numbers[i] for i in images]
+        tokens = None if self._all(images) else [self._tokens[i] for i in images]
+        return self.encoding.signal_of(signal, numbers, tokens)
+
+    def seed(self, image: int) -> int:
+        return self.encoding.seeds()[self.numbers[image]]
+
+    def sizes(self, images: Sequence[int]) -> Tensor | None:
+        sizes = self.encoding.sizes
+        return None if sizes is None else torch.stack([self._of(sizes, i) for i in images])
+
+
+def _source(unit: Unit) -> Tensor:
+    assert unit.source is not None
+    return unit.source

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vtprune.engine.cache import check_cache, physical_length, state_of
+from vtprune.engine.deciding import Decision
 from vtprune.engine.encoder import ATTRIBUTE, REPLACED
 from vtprune.errors import InertPruningError, UnsupportedCallError
-from vtprune.integrations.base import Encoding, Merged, Packing, Unit
+from vtprune.integrations.base import Encoding, Merged, Packing, Rows, Unit
 from vtprune.method import Signal
 from vtprune.report import ImageReport
-from vtprune.selection import Selection
 
 
 @dataclass
@@ -39,14 +39,24 @@ class PromptImage:
     unit: Unit
     report: ImageReport
 
-    def signal(self, signal: Signal) -> Tensor:
-        """An encoder signal for the tokens alive now, token-first."""
-        value = self.encoding.unit_signal(signal, self.unit, self.alive.to(self.encoding.device))
-        return value.to(self.alive.device)
-
     def seed(self) -> int:
         """Checksum of its pixels."""
         return self.encoding.seeds()[self.unit.number]
+
+
+def encoder_signal(signal: Signal, images: Sequence[PromptImage]) -> Rows:
+    """An encoder signal of images with equally many tokens, for those alive now, token-first."""
+    first = images[0]
+    encoding, device = first.encoding, first.alive.device
+    if all(i.encoding is encoding for i in images):
+        whole = all(len(i.alive) == i.unit.layout.n_tokens for i in images)
+        tokens = None if whole else [i.alive.to(encoding.device) for i in images]
+        values = encoding.unit_signals(signal, [i.unit for i in images], tokens)
+    else:
+        values = [
+            i.encoding.unit_signals(signal, [i.unit], [i.alive.to(i.encoding.device)])[0] for i in images
+        ]
+    return values.to(device) if isinstance(values, Tensor) else [v.to(device) for v in values]
 
 
 @dataclass
@@ -58,13 +68,13 @@ class Memo:
     Attributes:
         ids: [B, L] prompt they were made for.
         length: tokens per row in the last step.
-        selections: stage number -> one selection per image.
+        decisions: stage number -> what it decided.
         heads: decoder layer -> heads that speak from it on, see :class:`~vtprune.engine.run.Run`.
     """
 
     ids: Tensor
     length: int
-    selections: dict[int, list[Selection]] = field(default_factory=dict)
+    decisions: dict[int, list[Decision]] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -182,6 +192,7 @@ def open_frame(
 
 def locate(
     frame: Frame,
+    host_ids: Tensor,
     placeholders: Mapping[str, int],
     runs: Sequence[Encoding],
     owner: int,
@@ -189,9 +200,8 @@ def locate(
 ) -> tuple[list[PromptImage], list[Encoding], list[int]]:
     """The images of a prompt in reading order, the encoder runs they came from, and separator tokens per row.
 
-    Finding placeholders synchronises the device (their number is data).
-
     Args:
+        host_ids: the prompt on the host; where placeholders are, and how many, is data.
         placeholders: modality -> id of its placeholder token.
         runs: encoder runs of this call, for features that were not computed beforehand.
         owner: number of the patch.
@@ -200,19 +210,20 @@ def locate(
     Raises:
         UnsupportedCallError: placeholders and encoded images do not match.
     """
-    assert frame.ids is not None
     images: list[PromptImage] = []
     encodings: list[Encoding] = []
-    separators = [0] * len(frame.ids)
+    firsts: list[int] = []
+    separators = [0] * len(host_ids)
     waiting = list(runs if frame.runs is None else frame.runs)
     for modality, token in placeholders.items():
-        where = frame.ids == token
+        where = host_ids == token
         per_row: list[int] = where.sum(1).tolist()
         if not sum(per_row):
             continue
         encoding = _encoding_of(frame, modality, waiting, owner)
         encodings.append(encoding)
-        cols = where.nonzero()[:, 1].to(device).split(per_row)
+        host_cols = where.nonzero()[:, 1]
+        cols, known = host_cols.to(device, non_blocking=True).split(per_row), host_cols.split(per_row)
         units = encoding.units()
         sizes = [unit.layout.n_tokens for unit in units]
         if encoding.packing is not None:
@@ -223,17 +234,22 @@ def locate(
         for row, numbers in enumerate(assign(sizes, per_row, modality)):
             shows = sum(unit.layout.n_tokens for n in numbers for unit in shown.get(n, []))
             separators[row] += per_row[row] - shows
-            for number, run in zip(numbers, cols[row].split([sizes[n] for n in numbers]), strict=True):
+            lengths = [sizes[n] for n in numbers]
+            starts = known[row].split(lengths)
+            for number, run, start in zip(numbers, cols[row].split(lengths), starts, strict=True):
                 for unit in shown.get(number, []):
                     kept = {site: encoding.shown(unit, alive) for site, alive in encoding.kept.items()}
                     alive = encoding.shown(unit, encoding.alive).to(device)
                     entry = ImageReport(row, unit.layout, kept)
-                    images.append(PromptImage(row, run[unit.slots.to(device)], alive, encoding, unit, entry))
+                    # Without packing a run of placeholders shows an image as it is.
+                    place = run if encoding.packing is None else run[unit.slots.to(device)]
+                    images.append(PromptImage(row, place, alive, encoding, unit, entry))
+                    firsts.append(int(start[0]))
     if not images:
         raise UnsupportedCallError("pixel values were given, but the prompt holds no placeholder for them")
-    # Pictures and videos were found one kind after the other; only where both occur is their order not known yet.
-    images.sort(key=(lambda i: i.row) if len(encodings) < 2 else (lambda i: (i.row, int(i.cols.min()))))
-    return images, encodings, separators
+    # Pictures and videos were found one kind after the other.
+    order = sorted(range(len(images)), key=lambda i: (images[i].row, firsts[i]))
+    return [images[i] for i in order], encodings, separators
 
 
 def _encoding_of(frame: Frame, modality: str, waiting: list[Encoding], owner: int) -> Encoding:

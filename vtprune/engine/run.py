@@ -28,7 +28,7 @@ class Run:
         heads: decoder layer -> [B, H] bool, heads that speak in it and in the layers up to the next such layer.
         head_outputs: decoder layer -> [B, H] sum of the absolute entries of every head's output.
         embeds: [B, L, D] embeddings at the input of the language model, before anything is removed.
-        placeholders: [B, L] bool, where pictures and the separators in and between them stand; None without pictures.
+        placeholders: [B, L] bool on the host, where pictures and the separators in and between them stand; None without pictures.
         fired: numbers of the stages that decided.
     """
 
@@ -48,9 +48,9 @@ class Run:
     def text_columns(self, row: int) -> Tensor:
         """[T] columns of a row's new text tokens: everything that is no placeholder (so no separator) and no padding."""
         tokens = self.tokens
-        text = torch.ones(tokens.length, dtype=torch.bool, device=tokens.device)
-        if tokens.new_valid is not None:
-            text &= tokens.new_valid[row]
+        text = torch.ones(tokens.length, dtype=torch.bool)
+        if tokens.host_valid is not None:
+            text &= tokens.host_valid[row]
         if self.placeholders is not None:
             text &= ~self.placeholders[row]
-        return text.nonzero()[:, 0]
+        return text.nonzero()[:, 0].to(tokens.device, non_blocking=True)

@@ -63,6 +63,7 @@ class TokenSequence:
         history: slots of an unpruned cache before the pass.
         past: length of the sequence before the pass, as the caller counts it.
         new_valid: [B, length] bool from the caller's mask, None when it has no padding.
+        host_valid: the same on the host.
         left: whether padding goes before the tokens.
         windowed: whether the columns of slots have to be remembered.
         counts: valid new tokens per row now (host).
@@ -80,6 +81,7 @@ class TokenSequence:
     history: SegmentState | None
     past: int
     new_valid: Tensor | None
+    host_valid: Tensor | None
     left: bool
     windowed: bool
     counts: list[int]
@@ -96,30 +98,49 @@ class TokenSequence:
 
         Args:
             embeds: [B, length, D].
-            mask: the caller's [B, past + length] mask or None. Reading it synchronises the device once.
+            mask: the caller's [B, past + length] mask or None. It is copied to the host once, but not in decoding single
+                tokens of a single row (which are no padding) or behind rows with padding (which are masked anyway).
             windowed: see :class:`TokenSequence`.
         """
         batch, length = embeds.shape[:2]
         new_valid: Tensor | None = None
+        host: Tensor | None = None
+        host_valid: Tensor | None = None
         left = True
         counts = [length] * batch
-        if mask is not None:
-            new_valid = mask[:, -length:].to(device=embeds.device, dtype=torch.bool)
-            counts = new_valid.sum(1).tolist()
+        if mask is not None and state is not None and length == 1 and (batch == 1 or state.padded):
+            new_valid = mask[:, -1:].to(embeds.device, torch.bool) if state.padded else None
+        elif mask is not None:
+            host = mask.to("cpu", torch.bool)
+            host_valid = host[:, -length:]
+            counts = host_valid.sum(1).tolist()
             if min(counts) == length:
-                new_valid = None
+                host_valid = None
             else:
-                left = bool(new_valid[:, -1].all())
+                new_valid = mask[:, -length:].to(embeds.device, torch.bool)
+                left = bool(host_valid[:, -1].all())
         past = state.logical if state is not None else physical_length(cache, 0)
         history: SegmentState | None = None
         if state is None and past:
             # A history of plain text, the same in all layers; its padding stands in the caller's mask only.
-            seen = None if mask is None else mask[:, :past].to(device=embeds.device, dtype=torch.bool)
-            valid = None if seen is None or bool(seen.all()) else seen
+            valid: Tensor | None = None
+            if host is not None and mask is not None and not bool(host[:, :past].all()):
+                valid = mask[:, :past].to(embeds.device, torch.bool)
             columns = torch.arange(past, device=embeds.device).expand(batch, -1) if windowed else None
             history = SegmentState(0, past, valid, None, columns)
         return cls(
-            batch, length, embeds.device, cache, state, history, past, new_valid, left, windowed, counts
+            batch,
+            length,
+            embeds.device,
+            cache,
+            state,
+            history,
+            past,
+            new_valid,
+            host_valid,
+            left,
+            windowed,
+            counts,
         )
 
     @property
@@ -144,18 +165,18 @@ class TokenSequence:
             removed: (row, columns [K]) pairs.
             renumber: whether later tokens move up in their positions.
         """
-        rows = torch.cat([torch.full_like(cols, row) for row, cols in removed])
-        cols = torch.cat([cols for _, cols in removed])
+        places = flat(removed, self.device)
         if self.alive is None:
             ones = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
             self.alive = ones if self.new_valid is None else self.new_valid.clone()
-        self.alive[rows, cols] = False
-        for row, c in removed:
-            self.counts[row] -= len(c)
+        gone = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.alive.index_put_(places, gone)
+        for row, cols in removed:
+            self.counts[row] -= len(cols)
         if renumber:
             if self.renumbered is None:
                 self.renumbered = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
-            self.renumbered[rows, cols] = True
+            self.renumbered.index_put_(places, ~gone)
 
     def begin_segment(self, layer: int) -> Segment:
         """Starts a segment at a layer, from what is alive now."""
@@ -196,18 +217,19 @@ class TokenSequence:
             [real(length) if before is None else before, real(n_slots) if valid is None else valid], 1
         )
 
-    def position_ids(self, segment: Segment) -> Tensor:
-        """Position ids of a segment's slots, [B, n_slots] or [3 | 4, B, n_slots]."""
+    def all_position_ids(self, segment: Segment) -> Tensor:
+        """Position ids in a segment of all columns, [B, length] or [3 | 4, B, length]; of removed ones meaningless."""
         assert self.positions is not None
         positions, before = self.positions, segment.shift
         if self.renumbered is not None and before is not None:
             positions = positions - self.renumbered.cumsum(1)
             before = before - self.renumbered.sum(1)
-        if before is not None:
-            positions = positions - before.unsqueeze(1)
-        if segment.col is None:
-            return positions
-        return gather_positions(positions, segment.col)
+        return positions if before is None else positions - before.unsqueeze(1)
+
+    def position_ids(self, segment: Segment) -> Tensor:
+        """Position ids of a segment's slots, [B, n_slots] or [3 | 4, B, n_slots]."""
+        positions = self.all_position_ids(segment)
+        return positions if segment.col is None else gather_positions(positions, segment.col)
 
     def slot_of(self, segment: Segment) -> Tensor:
         """[B, length] slot of every prompt column in a segment; meaningless for removed columns."""
@@ -247,32 +269,19 @@ class TokenSequence:
         return CacheState(owner, self.past + self.length, segments, report, pruned, since)
 
 
+def flat(places: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [M] and columns [M] of (row, columns [K]) pairs, one behind the other."""
+    # Rows are made on the host, where the numbers of columns are known, so that nothing waits for the device.
+    lengths = torch.tensor([len(cols) for _, cols in places])
+    rows = torch.tensor([row for row, _ in places]).repeat_interleave(lengths)
+    return rows.to(device, non_blocking=True), torch.cat([cols for _, cols in places])
+
+
 def gather_positions(ids: Tensor, index: Tensor) -> Tensor:
     """Columns `index` [B, K] of position ids [..., B or 1, L]."""
-    lead = ids.shape[:-2]
-    return ids.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, -1, -1))
+    return ops.gather_many([ids.unsqueeze(-1)], [index])[0].squeeze(-1)
 
 
-def gather_mask(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """Rows and columns `index` [B, K] of a square 4D mask [B or 1, H or 1, L, L].
-
-    Args:
-        valid: [B, K] bool, False for slots that nobody may see; None when there are none.
-    """
-    mask = mask.expand(len(index), -1, -1, -1)
-    mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    if valid is None:
-        return mask
-    hidden = ~valid
-    # Padding sees itself, so that no row of the softmax is empty.
-    itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) & hidden.unsqueeze(-1)
-    shut, opened = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
-    return mask.masked_fill(hidden[:, None, None], shut).masked_fill(itself[:, None], opened)
-
-
-def gather_table(table: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, K] of a rotary table [..., B or 1, L, D]."""
-    lead = table.shape[:-3]
-    table = table.expand(*lead, len(index), -1, -1)
-    return table.gather(-2, index.unsqueeze(-1).expand(*lead, *index.shape, table.shape[-1]))
+def gather_tables(tables: Sequence[Tensor], index: Tensor) -> tuple[Tensor, ...]:
+    """Rows `index` [B, K] of rotary tables [..., B or 1, L, D]."""
+    return tuple(ops.gather_many(tables, [index] * len(tables)))
