@@ -22,6 +22,7 @@ from vtprune.methods import files
 
 from . import search
 from .accuracy import Outcome
+from .bench import command as benchmark
 from .evaluation import BATCH_SIZE, Earlier, Evaluation, Observer, evaluate
 from .paired import Comparison, compare
 from .parallel import Source
@@ -210,6 +211,16 @@ def _parser() -> argparse.ArgumentParser:
         _load,
     )
 
+    benchmark.add_arguments(
+        commands.add_parser(
+            "bench",
+            help=benchmark.TITLE,
+            description=benchmark.DESCRIPTION,
+            epilog=benchmark.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ),
+        _keep,
+    )
     commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
     three = commands.add_parser("models", help="list supported model families")
     three.add_argument(

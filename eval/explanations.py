@@ -20,7 +20,6 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 import vtprune
 from vtprune import methods
@@ -202,7 +201,7 @@ def inside_by(scores: Callable[[Any, View], Tensor], merge: bool) -> Callable[[A
     def decide(self: Any, view: View) -> Selection:
         if not merge:
             return Selection.topk(scores(self, view), view.k)
-        return mergence(scores(self, view), normalize(view.features.float(), dim=-1), view.k)
+        return mergence(scores(self, view), view.features, view.k)
 
     return decide
 

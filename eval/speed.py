@@ -116,7 +116,7 @@ def measure(
     return costs, skipped
 
 
-def _uncounted() -> dict[Any, Any]:
+def uncounted() -> dict[Any, Any]:
     """Formulas for attention kernels that this version of torch executes without counting (CPU, torch 2.11)."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -133,7 +133,7 @@ def _count(model: nn.Module, inputs: Inputs, setting: Setting) -> tuple[Report, 
         x = adapt(model, setting, inputs)
         generate(model, x, 1)
         report = patch.report() if patch is not None else None
-        flops = FlopCounterMode(display=False, custom_mapping=_uncounted())
+        flops = FlopCounterMode(display=False, custom_mapping=uncounted())
         if torch.cuda.is_available() and x["input_ids"].is_cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

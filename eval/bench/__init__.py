@@ -1,0 +1,1 @@
+"""Speed on the shapes of real models with random weights; nothing is downloaded."""
