@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import vtprune
 from vtprune.eval import cli
 from vtprune.eval.bench import command, run
 from vtprune.eval.bench.alone import kernels_alone
+from vtprune.eval.bench.markdown import markdown
 from vtprune.eval.bench.roofline import Peaks, Work, measure_peaks
 from vtprune.eval.bench.run import RAGGED, bench, plan
 from vtprune.eval.bench.shapes import SHAPES
@@ -173,3 +175,12 @@ def test_arguments_have_help() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser, int)
     assert all(action.help for action in parser._actions)
+
+
+def test_the_page_holds_the_generated_tables() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "speed.md").read_text(encoding="utf-8")
+    (results,) = (root / "eval" / "results").glob("bench-amd-epyc-float32-*.jsonl")
+    found = re.search(r"<!-- bench -->\n(.*?)\n<!-- /bench -->", page, re.DOTALL)
+    assert found is not None
+    assert found[1] == markdown(results), "update docs/speed.md with `python -m vtprune.eval.bench.markdown`"

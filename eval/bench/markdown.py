@@ -9,10 +9,7 @@ from typing import Any
 
 
 def markdown(results: Path) -> str:
-    """One table per model shape, depth, batch size and prompt length, and one of the kernels alone.
-
-    Of rows measured more than once the last counts.
-    """
+    """One table per run, model shape, depth, batch size and prompt length, and one of the kernels alone."""
     models: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     kernels: dict[tuple[str, str], dict[str, Any]] = {}
     for line in results.read_text(encoding="utf-8").splitlines():
@@ -20,7 +17,9 @@ def markdown(results: Path) -> str:
         if row["kind"] == "kernel":
             kernels[row["operation"], row["shape"]] = row
         else:
-            key = row["shape"], row["layers"], row["layers_of_model"], row["batch"], row["text_tokens"]
+            # Ratios hold within one run, which its peaks tell from others.
+            run = row["command"], row["peaks"]["flops"], row["peaks"]["bandwidth"]
+            key = row["shape"], row["layers"], row["layers_of_model"], row["batch"], row["text_tokens"], run
             models.setdefault(key, {})[f"{row['method']} {row['keep']}"] = row
     parts = [_models(key, list(rows.values())) for key, rows in models.items()]
     if kernels:
@@ -39,7 +38,7 @@ def _about(row: dict[str, Any]) -> str:
 
 
 def _models(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
-    shape, layers, real, batch, text = key
+    shape, layers, real, batch, text, _ = key
     depth = "encoder alone" if not real else f"{layers} of {real} decoder layers"
     lines = [
         f"**{shape}**, {depth}, batch {batch} of {rows[0]['what']} with {text} text tokens"
