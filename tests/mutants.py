@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "off by one in kept indices",
         SEQUENCE,
-        "        self.alive[rows, cols] = False\n",
-        "        self.alive[rows, (cols + 1).clamp(max=self.length - 1)] = False\n",
+        "        self.alive.index_put_(places, gone)\n",
+        "        self.alive.index_put_((places[0], (places[1] + 1).clamp(max=self.length - 1)), gone)\n",
     ),
     Mutant(
         "wrong padding side",
@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "ready masks not gathered",
         DECODER,
-        "            return ready if segment.col is None else gather_mask(ready, segment.col, segment.valid)\n",
+        "            return ready if segment.col is None else ops.gather_mask(ready, segment.col, segment.valid)\n",
         "            return run.ready[kind][:, :, -segment.n_slots :, -segment.n_slots :]\n",
     ),
     Mutant(
@@ -156,8 +156,8 @@ MUTANTS = (
     Mutant(
         "hidden states not gathered behind a decoder stage: the cache stays full",
         DECODER,
-        "            hidden = ops.gather_tokens(hidden, tokens.slot_of(before).gather(1, segment.col))\n",
-        "            hidden = hidden\n",
+        "            hidden = self._gather(run, segment, hidden, index)\n",
+        "            self._gather(run, segment, hidden, index)\n",
     ),
     Mutant(
         "nothing gathered before the language model: the cache stays full",
@@ -169,14 +169,14 @@ MUTANTS = (
     Mutant(
         "rope not gathered in the decoder",
         DECODER,
-        "                tables = tuple(gather_table(t, index) for t in tables)\n",
-        "                tables = tuple(t[..., : index.shape[1], :] for t in tables)\n",
+        "[index] + [segment.index] * (len(moved) - 1)",
+        "[index] + [torch.arange(index.shape[1]).expand_as(index)] * (len(moved) - 1)",
     ),
     Mutant(
         "rope not gathered in packed encoders",
         "integrations/towers.py",
-        'kwargs["position_embeddings"] = tuple(t[rows] for t in tables)',
-        'kwargs["position_embeddings"] = tuple(t[: len(rows)] for t in tables)',
+        "adapted(t, lambda t: t[rows])",
+        "adapted(t, lambda t: t[: len(rows)])",
     ),
     Mutant(
         "rope not gathered in encoders alone",
@@ -187,14 +187,44 @@ MUTANTS = (
     Mutant(
         "segment borders of packed encoders not moved",
         "integrations/towers.py",
-        '        kwargs["cu_seqlens"] = torch.unique_consecutive(borders)\n',
-        '        kwargs["cu_seqlens"] = kwargs["cu_seqlens"].clamp(max=len(rows))\n',
+        'adapted(kwargs["cu_seqlens"], moved)',
+        'kwargs["cu_seqlens"].clamp(max=len(rows))',
     ),
     Mutant(
         "indices of the wrong sample",
-        "vtprune/engine/deciding.py",
-        "            out[i] = selection.image(g)\n",
-        "            out[i] = selection.image(len(members) - 1 - g)\n",
+        "vtprune/selection.py",
+        "        return tuple(row[:k] for row, k in zip(names.gather(1, self.padded), self.counts, strict=True))\n",
+        "        return tuple(row[:k] for row, k in zip(names.gather(1, self.padded.flip(0)), self.counts, strict=True))\n",
+    ),
+    Mutant(
+        "what a selection drops counted from its end",
+        "vtprune/selection.py",
+        "        return tuple(row[: n - k] for row",
+        "        return tuple(row[k:] for row",
+    ),
+    Mutant(
+        "ragged selections filled up with token 0",
+        "vtprune/selection.py",
+        "        return torch.where(index < 0, index[:, :1], index)\n",
+        "        return index.clamp(min=0)\n",
+    ),
+    Mutant(
+        "signals of all pictures for some",
+        "integrations/base.py",
+        "[u.number for u in units] == list(range(len(values)))",
+        "len(units) <= len(values)",
+    ),
+    Mutant(
+        "received attention of the decoder not causal",
+        SIGNALS,
+        "segment.valid, causal=True",
+        "segment.valid, causal=False",
+    ),
+    Mutant(
+        "windows of packed encoders in each other's places",
+        TOWERS,
+        "per_patch[:, index] = received.transpose(0, 1)",
+        "per_patch[:, index.flip(0)] = received.transpose(0, 1)",
     ),
     Mutant(
         "signals of the wrong sample",
@@ -205,13 +235,13 @@ MUTANTS = (
     Mutant(
         "merged weights not normalised",
         "kernels/reference.py",
-        "    weighted = x.to(acc) * (weight * (into >= 0)).to(acc).unsqueeze(-1)\n",
-        "    weighted = x.to(acc) * (into >= 0).to(acc).unsqueeze(-1)\n",
+        "    weighted = x.to(acc) * weight.to(acc).unsqueeze(-1)\n",
+        "    weighted = x.to(acc)\n",
     ),
     Mutant(
         "merged features not written back",
         DECODER,
-        "                hidden[image.row, where(image, kept)] = selection.apply(rows)\n",
+        "                hidden = hidden.index_put(flat(places, hidden.device), torch.cat(values))\n",
         "                pass\n",
     ),
     Mutant(
@@ -284,13 +314,13 @@ MUTANTS = (
     Mutant(
         "bypassed tokens at the positions of the first ones",
         BYPASS,
-        "tuple(gather_table(t, index) for t in tables)",
-        "tuple(gather_table(t, torch.arange(index.shape[1]).expand_as(index)) for t in tables)",
+        "gather_tables(tables, index)",
+        "gather_tables(tables, torch.arange(index.shape[1]).expand_as(index))",
     ),
     Mutant(
         "bypass with the mask of the first tokens",
         BYPASS,
-        "            return gather_mask(mask, chosen.index, chosen.real)\n",
+        "            return ops.gather_mask(mask, chosen.index, chosen.real)\n",
         "            return mask[:, :, : chosen.index.shape[1], : chosen.index.shape[1]]\n",
     ),
     Mutant(
@@ -302,8 +332,8 @@ MUTANTS = (
     Mutant(
         "fillers of a bypass seen",
         BYPASS,
-        "            return gather_mask(mask, chosen.index, chosen.real)\n",
-        "            return gather_mask(mask, chosen.index, None)\n",
+        "            return ops.gather_mask(mask, chosen.index, chosen.real)\n",
+        "            return ops.gather_mask(mask, chosen.index, None)\n",
     ),
     Mutant(
         "bypass in evaluation",
