@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 from vtprune.report import Report
@@ -117,14 +117,20 @@ def measure(
 
 
 def uncounted() -> dict[Any, Any]:
-    """Formulas for attention kernels that this version of torch executes without counting (CPU, torch 2.11)."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    """FLOP formulas for attention kernels: torch 2.11 does not count the one for CPU, nor fewer key heads than query heads."""
+    aten = torch.ops.aten
+    kernels = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    )
 
     def formula(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        count: int = sdpa_flop_count(query, key, value)
-        return count
+        batch, heads, rows, width = query
+        return int(2 * batch * heads * rows * key[2] * (width + value[3]))
 
-    return {} if kernel in flop_registry else {kernel: formula}
+    return dict.fromkeys(kernels, formula)
 
 
 def _count(model: nn.Module, inputs: Inputs, setting: Setting) -> tuple[Report, int, float]:

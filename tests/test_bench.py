@@ -43,6 +43,13 @@ def test_work_counts_rows_of_a_lookup_not_its_table() -> None:
     assert work.model == [(0.0, 2 * 2 * 4 * 4 + 2 * 8)]
 
 
+def test_work_counts_attention_with_fewer_key_heads() -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    with torch.no_grad(), Work() as work:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    assert work.flops == 2 * 2 * 4 * 5 * 7 * (8 + 8)
+
+
 def test_the_limit_knows_nothing_of_vtprune() -> None:
     """Pruning by any rule leaves the same work to the model."""
     shape = SHAPES["llava-1.5-1b"]
