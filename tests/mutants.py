@@ -21,7 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/contract", "tests/test_contract.py", "tests/test_engine_edges.py", "tests/test_encoders.py")
+TESTS = (
+    "tests/test_ops.py",
+    "tests/contract",
+    "tests/test_contract.py",
+    "tests/test_engine_edges.py",
+    "tests/test_encoders.py",
+)
 
 
 @dataclass(frozen=True)

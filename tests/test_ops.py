@@ -212,6 +212,23 @@ def test_merged_points_every_token_at_its_slot() -> None:
     assert torch.equal(selection.apply(x), expected)
 
 
+@deterministic
+@given(st.data())
+def test_a_ragged_selection_is_applied_image_by_image(data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    images, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 7))
+    kept = [sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))) for _ in range(images)]
+    selection = Selection(tuple(torch.tensor(k) for k in kept))
+    names, x = torch.randint(0, 99, (images, n), generator=g), torch.randn(images, n, 3, generator=g)
+    for i, (left, gone, new) in enumerate(
+        zip(selection.index_of(names), selection.dropped(names), selection.apply_all(x), strict=True)
+    ):
+        assert left.tolist() == [int(names[i, j]) for j in kept[i]]
+        assert gone.tolist() == [int(names[i, j]) for j in range(n) if j not in kept[i]]
+        assert torch.equal(new, x[i, kept[i]])
+        assert torch.equal(selection.image(i).apply(x[i]), new)
+
+
 def test_gather_reference() -> None:
     x = torch.arange(12.0).view(1, 4, 3)
     assert torch.equal(reference.gather_tokens(x, torch.tensor([[2, 0]])), x[:, [2, 0]])
