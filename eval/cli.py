@@ -20,7 +20,7 @@ import vtprune
 from vtprune.errors import VTPruneError
 from vtprune.methods import files
 
-from . import search
+from . import frames, search, video_qa
 from .accuracy import Outcome
 from .bench import command as benchmark
 from .evaluation import BATCH_SIZE, Earlier, Evaluation, Observer, evaluate
@@ -211,6 +211,27 @@ def _parser() -> argparse.ArgumentParser:
         _load,
     )
 
+    frames.add_arguments(
+        commands.add_parser(
+            "frames",
+            help=frames.TITLE,
+            description=frames.DESCRIPTION,
+            epilog=frames.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    video_qa.add_arguments(
+        commands.add_parser(
+            "video-qa",
+            parents=[model],
+            help=video_qa.TITLE,
+            description=video_qa.DESCRIPTION,
+            epilog=video_qa.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ),
+        _keep,
+        _load,
+    )
     benchmark.add_arguments(
         commands.add_parser(
             "bench",

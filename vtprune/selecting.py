@@ -47,16 +47,22 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     Returns:
         Centres [G, clusters], best first, and for every token the number [G, M] of its centre in that list.
     """
+    score, distance = peak_scores(x, clusters)
+    centres = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :clusters]
+    to_centres = distance.gather(1, centres.unsqueeze(-1).expand(-1, -1, x.shape[1]))
+    number = torch.arange(clusters, device=x.device).expand_as(centres)
+    return centres, to_centres.argmin(1).scatter(1, centres, number)
+
+
+def peak_scores(x: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """rho delta [G, M] of :func:`density_peaks` from that many nearest tokens, and the distances [G, M, M]."""
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    nearest = distance.sort(-1).values[..., :clusters]
+    nearest = distance.sort(-1).values[..., :neighbours]
     density = (-nearest.square().mean(-1)).exp()
     denser = density.unsqueeze(1) > density.unsqueeze(2)  # [G, i, j]: j denser than i
     farthest = distance.flatten(1).amax(-1)[:, None, None]
     apart = torch.where(denser, distance, farthest).amin(-1)
-    centres = torch.sort(apart * density, dim=-1, descending=True, stable=True).indices[:, :clusters]
-    to_centres = distance.gather(1, centres.unsqueeze(-1).expand(-1, -1, x.shape[1]))
-    number = torch.arange(clusters, device=x.device).expand_as(centres)
-    return centres, to_centres.argmin(1).scatter(1, centres, number)
+    return apart * density, distance
 
 
 def farthest_first(weight: Tensor, distance: Tensor, k: int) -> Tensor:

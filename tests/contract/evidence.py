@@ -17,6 +17,7 @@ from versions import ENCODES_BEFOREHAND
 
 import vtprune
 from vtprune import methods
+from vtprune.methods.clips import Clipwise
 from vtprune.methods.staged import Staged
 from vtprune.methods.vflowopt import VFlowOpt
 from vtprune.report import ImageReport
@@ -202,9 +203,25 @@ def assert_average(report: vtprune.Report, keep: int | float) -> None:
         assert near or (set(counts) == {1} and total > wanted * depth)
 
 
+def assert_total(report: vtprune.Report, keep: int | float) -> None:
+    """The frames of every video have their budgets together, and each has a token at least."""
+    assert report.images
+    kept: dict[tuple[object, ...], list[int]] = {}
+    wanted: dict[tuple[object, ...], list[int]] = {}
+    for image in report.images:
+        layout = image.layout
+        of = (image.sample, layout.modality, layout.image, layout.tile)
+        kept.setdefault(of, []).append(image.tokens_out)
+        wanted.setdefault(of, []).append(budget(keep, image.tokens_in))
+    assert {of: sum(counts) for of, counts in kept.items()} == {of: sum(c) for of, c in wanted.items()}
+    assert min(min(counts) for counts in kept.values()) >= 1
+
+
 def assert_budget(report: vtprune.Report, method: str, keep: int | float) -> None:
     """The budget of a method in its own terms."""
-    if issubclass(methods.REGISTRY[method], (Staged, VFlowOpt)):
+    if issubclass(methods.REGISTRY[method], Clipwise):
+        assert_total(report, keep)
+    elif issubclass(methods.REGISTRY[method], (Staged, VFlowOpt)):
         assert_average(report, keep)
     else:
         assert_counts(report, 1.0 if method == "keep-all" else keep)

@@ -19,7 +19,8 @@ CONTROLS = ("keep-all", "random", "stride")
 LONGEST = 80
 HERE = Path(__file__).parent
 PROMISED = """vtc-cls vflowopt atp-llava mstm as-vit spatten rollout act random-ltd submodular ucofia stella fastv sparsevlm
-visionzip prumerge prumerge-plus pyramiddrop divprune cdpruner dart fastervlm vispruner holov flowcut tome vtprune"""
+visionzip prumerge prumerge-plus pyramiddrop divprune cdpruner dart fastervlm vispruner holov flowcut tome vtprune
+evs dycoke fastvid llava-scissor"""
 
 
 def code_lines(path: Path) -> int:

@@ -14,11 +14,15 @@ from vtprune.methods.atp_llava import ATPLLaVA as ATPLLaVA
 from vtprune.methods.cdpruner import CDPruner as CDPruner
 from vtprune.methods.dart import DART as DART
 from vtprune.methods.divprune import DivPrune as DivPrune
+from vtprune.methods.dycoke import DyCoke as DyCoke
+from vtprune.methods.evs import EVS as EVS
 from vtprune.methods.fastervlm import FasterVLM as FasterVLM
 from vtprune.methods.fastv import FastV as FastV
+from vtprune.methods.fastvid import FastVID as FastVID
 from vtprune.methods.flowcut import FlowCut as FlowCut
 from vtprune.methods.holov import HoloV as HoloV
 from vtprune.methods.keep_all import KeepAll as KeepAll
+from vtprune.methods.llava_scissor import LLaVAScissor as LLaVAScissor
 from vtprune.methods.mstm import MSTM as MSTM
 from vtprune.methods.own import VTPrune as VTPrune
 from vtprune.methods.prumerge import PruMerge as PruMerge

@@ -1,0 +1,269 @@
+"""Questions about many videos: one answer per file, resumable, errors recorded and passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtprune.errors import InvalidOptionError, VTPruneError
+from vtprune.video.clip import Clip, FrameSelector
+from vtprune.video.embedding import Embedder
+from vtprune.video.reading import DamagedVideoWarning, Frame, FrameReader, read_frames
+
+SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ogv",
+)
+SMALL = 224  # pixels of a candidate's longer side, for selectors
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said about some frames.
+
+    Attributes:
+        text: its answer.
+        tokens_in, tokens_out: visual tokens before pruning, and left at the end of the model.
+    """
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+
+class Answerer(ABC):
+    """A video-language model, pruned or not.
+
+    Attributes:
+        about: what decides its answers (model, method, options), as plain JSON values.
+    """
+
+    about: dict[str, Any]
+
+    @abstractmethod
+    def answer(self, frames: Sequence[Frame], question: str) -> Answer:
+        """Answers a question about frames in the order of time."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How frames of a video become an answer.
+
+    Attributes:
+        question: what is asked about every video.
+        selector: chooses among the candidates.
+        keep: frames to keep, None for the selector's own number.
+        candidates: frames to choose from, evenly spaced over the video.
+        max_side: pixels of the longer side of frames as the model gets them; None for the video's own.
+        timeout: seconds without any frame after which a file is given up.
+    """
+
+    question: str
+    selector: FrameSelector
+    keep: int | None = 8
+    candidates: int = 64
+    max_side: int | None = 1024
+    timeout: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise InvalidOptionError("the question is empty; say what to ask about every video.")
+        if self.candidates < 1:
+            raise InvalidOptionError(f"candidates={self.candidates}: give an int >= 1.")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        values = {k: v for k, v in vars(self).items() if k != "selector"}
+        return {**values, "selector": {"name": self.selector.key, **asdict(self.selector)}}  # type: ignore[call-overload]
+
+
+@dataclass
+class Result:
+    """One line of the output.
+
+    Attributes:
+        video: path as it was found.
+        question, answer: None for the answer where there is an error.
+        times: seconds of the frames that the model saw.
+        tokens_in, tokens_out: see :class:`Answer`.
+        error: what went wrong, "ClassName: message"; None where nothing did.
+        notes: damage of the file, substitutes of the selector.
+        seconds: "read", "select", "answer": wall time; the only part that differs from run to run.
+        run: digest of everything that decides the answer but the video.
+    """
+
+    video: str
+    question: str
+    answer: str | None = None
+    times: list[float] = field(default_factory=list)
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    error: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    run: str = ""
+
+
+def find_videos(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Files as given, and all video files under folders by name; sorted within a folder, none twice.
+
+    Raises:
+        InvalidOptionError: a path does not exist, or there is no video at all.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file())
+            found.update(dict.fromkeys(inside))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise InvalidOptionError(f"{path} does not exist; give video files or folders of them.")
+    if not found:
+        raise InvalidOptionError(
+            f"no video under {', '.join(map(str, paths))}; files are found by their endings: {', '.join(SUFFIXES)}."
+        )
+    return list(found)
+
+
+def answer_one(
+    video: Path, protocol: Protocol, answerer: Answerer, embedder: Embedder | None = None
+) -> Result:
+    """Reads, selects and asks; whatever goes wrong with the file or the model becomes the result's `error`."""
+    result = Result(str(video), protocol.question, run=digest(protocol, answerer))
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        result.seconds[name] = round(now - clock, 4)
+        clock = now
+
+    try:
+        reader = read_frames(video, count=protocol.candidates, max_side=SMALL, timeout=protocol.timeout)
+        small, info = read_all(reader), reader.info
+        lap("read")
+        clip = Clip(
+            times=np.array([frame.time for frame in small]),
+            frames=np.stack([frame.image for frame in small]),
+            duration=info.duration,
+            question=protocol.question,
+            embedder=embedder,
+        )
+        selection = protocol.selector.select(clip, protocol.keep)
+        lap("select")
+        times = clip.times[selection.indices].tolist()
+        frames = read_all(read_frames(video, times, max_side=protocol.max_side, timeout=protocol.timeout))
+        lap("read_chosen")
+        result.notes = list(dict.fromkeys([*reader.damage, *selection.notes]))
+        answer = answerer.answer(frames, protocol.question)
+        lap("answer")
+    except (VTPruneError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return result
+    result.answer, result.times = answer.text, [frame.time for frame in frames]
+    result.tokens_in, result.tokens_out = answer.tokens_in, answer.tokens_out
+    return result
+
+
+def read_all(reader: FrameReader) -> list[Frame]:
+    """All frames of a reader; what is damaged stands in its `damage`, no warning is issued."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DamagedVideoWarning)
+        return list(reader)
+
+
+def digest(protocol: Protocol, answerer: Answerer) -> str:
+    """16 hexadecimal digits of everything that decides an answer but the video."""
+    text = json.dumps([protocol.about, answerer.about], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def answered(output: Path, run: str) -> set[str]:
+    """Videos that an output file holds already; a line that was cut off is removed from its end.
+
+    Raises:
+        InvalidOptionError: the file is of another question, model or method, or is no such file.
+    """
+    if not output.exists():
+        return set()
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    done = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            video, of = row["video"], row["run"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidOptionError(
+                f"{output}, line {number} is no answer of vtprune; give another output."
+            ) from error
+        if of != run:
+            raise InvalidOptionError(
+                f"{output} holds answers of another run (question, model, method or options differ); give another output, "
+                "or delete it."
+            )
+        done.add(video)
+    if len(whole) < len(content):
+        with output.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+def answer_videos(
+    paths: Sequence[str | os.PathLike[str]],
+    protocol: Protocol,
+    answerer: Answerer,
+    output: str | os.PathLike[str],
+    embedder: Embedder | None = None,
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> Iterator[Result]:
+    """Answers the question for every video that `output` does not hold yet, in order, and appends a line for each.
+
+    Every line is on the disk before the next video is begun: after a crash or a kill the same call goes on, nothing lost and
+    nothing twice, and apart from `seconds` the file is that of an undisturbed run.
+
+    Args:
+        paths: files and folders, see :func:`find_videos`.
+        output: JSON lines of :class:`Result`; made if it is not there.
+        embedder: for selectors that read embeddings.
+        on_result: told of every new result.
+
+    Raises:
+        InvalidOptionError: no video, or `output` is of another run. Errors of single videos are results.
+    """
+    videos, file = find_videos(paths), Path(output)
+    done = answered(file, digest(protocol, answerer))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for video in videos:
+        if str(video) in done:
+            continue
+        result = answer_one(video, protocol, answerer, embedder)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+        on_result(result)
+        yield result

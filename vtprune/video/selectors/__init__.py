@@ -1,0 +1,1 @@
+"""Frame selectors, one file each; :mod:`vtprune.video.selection` registers them."""
