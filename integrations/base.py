@@ -254,16 +254,18 @@ class Encoding:
         """
         first = units[0]
         if tokens is None and signal.kind != "attention_map":
-            values, alive = self.signals[signal]
+            values = self.signals[signal][0]
             if first.source is None and all(u.image == first.image for u in units):
                 index = torch.cat([u.slots for u in units])
                 run: Tensor = self._resampled(signal)[first.image][index]
                 return run.view(len(units), -1, *run.shape[1:])
             n = first.layout.n_tokens
+            # A value per token of the whole grid: nothing had been removed when it was measured.
             if (
                 isinstance(values, Tensor)
+                and values.shape[1] == n
+                and all(layout.n_tokens == n for layout in self.layouts)
                 and [u.number for u in units] == list(range(len(values)))
-                and all(len(a) == layout.n_tokens == n for a, layout in zip(alive, self.layouts, strict=True))
             ):
                 return values
         if tokens is None:
