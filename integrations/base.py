@@ -135,33 +135,24 @@ class Encoding:
         self._pixels: Callable[[], Sequence[Tensor]] | None = pixels
         self._seeds: list[int] = []
 
-    def resize(self, image: int, where: Tensor | None, selection: Selection, g: int) -> None:
-        """Updates the sizes of an image before its tokens are selected.
+    def resize(self, images: Sequence[int], n: int, before: Tensor | None, selection: Selection) -> None:
+        """Updates the sizes of images when their tokens are selected; those that lose nothing keep what they have.
 
         Args:
-            where: [M] places of the deciding tokens among the alive ones; None for all of them.
-            selection: of these M tokens.
-            g: number of the image in the selection.
+            images: numbers of the images of the selection.
+            n: tokens of each that decided.
+            before: [G, n] how many original tokens these stand for; None while all are one.
+            selection: of these tokens.
         """
-        if self.sizes is None and not selection.merges:
-            return
         if self.sizes is None:
+            if not selection.merges:
+                return
             self.sizes = [torch.ones(len(a), device=a.device) for a in self.alive]
-        size = self.sizes[image] if where is None else self.sizes[image][where]
-        index = selection.index[g]
-        if not selection.merges:
-            self.sizes[image] = size[index]
-            return
-        if selection.mix is not None:
-            mix = selection.mix[g]
-            self.sizes[image] = mix.div(mix.sum(0).clamp(min=1e-12)) @ size
-            return
-        assert selection.into is not None
-        into = selection.into[g]
-        merged = torch.zeros(len(index) + 1, device=size.device).index_add(
-            0, into.where(into >= 0, len(index)), size
-        )
-        self.sizes[image] = merged[:-1]
+        if before is None:
+            before = torch.ones(len(images), n, device=self.sizes[images[0]].device)
+        for image, sizes in zip(images, selection.sizes(before), strict=True):
+            if selection.merges or len(sizes) < n:
+                self.sizes[image] = sizes
 
     def __deepcopy__(self, memo: object) -> Encoding:
         return self  # a record of one run; assisted generation copies the encoder's output, which carries it

@@ -50,6 +50,7 @@ class Mutant:
 DECODER, SEQUENCE = "vtprune/engine/decoder.py", "vtprune/engine/sequence.py"
 SIGNALS, BYPASS = "vtprune/engine/decoder_signals.py", "vtprune/engine/bypass.py"
 HEADS, TOWERS = "vtprune/engine/heads.py", "integrations/towers.py"
+ENCODER = "vtprune/engine/encoder.py"
 MUTANTS = (
     Mutant(
         "all heads in decoding",
@@ -370,6 +371,42 @@ MUTANTS = (
         BYPASS,
         "self._after(layer), first=True)",
         "self._after(layer))",
+    ),
+    Mutant(
+        "a clip of one frame is a picture",
+        TOWERS,
+        "call.modality if call is not None else",
+        "call.modality if call is not None and t > 1 else",
+    ),
+    Mutant(
+        "a clip of Qwen3-VL is a picture",
+        ENCODER,
+        '            if getattr(self.local, "call", None) is not None:\n',
+        "            if False:\n",
+    ),
+    Mutant(
+        "clips of a batch are taken for one",
+        "vtprune/methods/clips.py",
+        "(one.modality, one.image, one.tile)",
+        "(one.modality, 0, one.tile)",
+    ),
+    Mutant(
+        "frames take up tokens of other clips",
+        "vtprune/scoring.py",
+        "tuple(images[p][s] for s in own[p][i])",
+        "tuple(own[p][i])",
+    ),
+    Mutant(
+        "positions of the caller are ignored",
+        DECODER,
+        'run.tokens.set_positions(kwargs.get("position_ids"), self.decoder.mrope)',
+        "run.tokens.set_positions(None, self.decoder.mrope)",
+    ),
+    Mutant(
+        "packed sequences see each other",
+        DECODER,
+        "cache is None and self._packed(module, kwargs)",
+        "cache is None and run is None",
     ),
 )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune.errors import VTPruneError
 from vtprune.integrations.base import Encoding
 from vtprune.kernels import reference
 from vtprune.layout import TokenLayout
@@ -23,6 +25,7 @@ from vtprune.ops import (
     merge_tokens,
     received_attention,
 )
+from vtprune.scoring import together
 from vtprune.selection import Selection, merged
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
@@ -227,6 +230,120 @@ def test_a_ragged_selection_is_applied_image_by_image(data: st.DataObject) -> No
         assert gone.tolist() == [int(names[i, j]) for j in range(n) if j not in kept[i]]
         assert torch.equal(new, x[i, kept[i]])
         assert torch.equal(selection.image(i).apply(x[i]), new)
+
+
+def drawn(data: st.DataObject, kind: str, images: int, n: int) -> Selection:
+    """A selection that drops, merges into slots, adds to several, or does so across its images."""
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    counts = [data.draw(st.integers(1, n)) for _ in range(images)]
+    index = tuple(torch.randperm(n, generator=g)[:k].sort().values for k in counts)
+    if kind == "drop":
+        return Selection(index)
+    if kind == "slots":
+        into = torch.stack([torch.randint(-1, k, (n,), generator=g) for k in counts])
+        return Selection(index, into, 0.1 + torch.rand(images, n, generator=g))
+    of = None
+    if kind == "across":
+        some = st.lists(st.integers(0, images - 1), min_size=1, unique=True)
+        of = tuple(tuple(data.draw(some)) for _ in range(images))
+    widths = [n if of is None else n * len(of[i]) for i in range(images)]
+    # Zeros too: tokens that join nothing, or only survivors of some images.
+    mix = [
+        torch.rand(k, w, generator=g) * torch.randint(0, 2, (k, w), generator=g)
+        for k, w in zip(counts, widths, strict=True)
+    ]
+    return Selection(index, mix=tuple(mix), sources=of)
+
+
+@deterministic
+@given(st.data())
+def test_images_take_up_tokens_of_each_other(data: st.DataObject) -> None:
+    images, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    chosen = drawn(data, "across", images, n)
+    assert chosen.mix is not None
+    assert chosen.sources is not None
+    g = torch.Generator().manual_seed(0)
+    x, sizes = torch.randn(images, n, 3, generator=g), torch.rand(images, n, generator=g)
+    names = [[(s, j) for s in of for j in range(n)] for of in chosen.sources]
+    total = dict.fromkeys(((i, j) for i in range(images) for j in range(n)), 0.0)
+    for m, column in zip(chosen.mix, names, strict=True):
+        for row in m.tolist():
+            for at, w in zip(column, row, strict=True):
+                total[at] += w
+    for i, (m, column) in enumerate(zip(chosen.mix, names, strict=True)):
+        for slot, row in enumerate(m.tolist()):
+            value, size = torch.zeros(3), 0.0
+            for at, w in zip(column, row, strict=True):
+                value += w * x[at]
+                size += 0 if w == 0 else w / total[at] * float(sizes[at])
+            torch.testing.assert_close(chosen.apply_all(x)[i][slot], value)
+            assert abs(float(chosen.sizes(sizes)[i][slot]) - size) < 1e-4
+    alone = Selection(chosen.index[:1], mix=(chosen.mix[0][:, :n],))
+    same = Selection(alone.index, mix=alone.mix, sources=((0,),))
+    assert torch.equal(same.apply_all(x[:1])[0], alone.apply(x[0]))
+    assert torch.equal(same.image(0).apply(x[0]), alone.apply(x[0]))
+
+
+@deterministic
+@given(st.data())
+def test_selections_together_are_what_they_are_alone(data: st.DataObject) -> None:
+    """Whatever stands beside them and in between, in vectors and in sizes."""
+    n = data.draw(st.integers(1, 5))
+    kinds = data.draw(
+        st.lists(st.sampled_from(["drop", "slots", "spread", "across"]), min_size=1, max_size=4)
+    )
+    parts = [drawn(data, kind, data.draw(st.integers(1, 3)), n) for kind in kinds]
+    total = sum(len(part.index) for part in parts)
+    numbers = iter(data.draw(st.permutations(range(total))))
+    places = [[next(numbers) for _ in part.index] for part in parts]
+    x = torch.randn(total, n, 3, generator=torch.Generator().manual_seed(1))
+    ones = torch.ones(total, n)
+    whole = together(parts, places)
+    assert whole.merges == any(kind != "drop" for kind in kinds)
+    for part, images in zip(parts, places, strict=True):
+        values, sizes = part.apply_all(x[images]), part.sizes(ones[images])
+        for i, g in enumerate(images):
+            assert torch.equal(whole.index[g], part.index[i])
+            torch.testing.assert_close(whole.apply_all(x)[g], values[i])
+            torch.testing.assert_close(whole.sizes(ones)[g], sizes[i])
+    in_order = together(parts)
+    assert [i.tolist() for i in in_order.index] == [i.tolist() for part in parts for i in part.index]
+
+
+def test_sizes_are_shared_out_from_those_before_the_merge() -> None:
+    """The second image takes up half of a token of the first, which the first has given away by then."""
+    tower: Any = None
+    encoding = Encoding(tower, [TokenLayout(1, 2)] * 3, list, torch.device("cpu"))
+    mix = (torch.tensor([[1.0, 1]]), torch.tensor([[0.0, 1, 1, 1]]))
+    chosen = Selection((torch.tensor([0]),) * 2, mix=mix, sources=((0,), (0, 1)))
+    encoding.resize([2, 0], 2, None, chosen)
+    assert encoding.sizes is not None
+    assert [sizes.tolist() for sizes in encoding.sizes] == [[2.5], [1, 1], [1.5]]
+    encoding.resize([1], 2, torch.tensor([[4.0, 5]]), Selection((torch.tensor([0, 1]),)))
+    assert encoding.sizes[1].tolist() == [1, 1]  # nothing was lost
+
+
+def test_what_spans_images_is_not_cut() -> None:
+    one = torch.tensor([0])
+    chosen = Selection((one, one), mix=(torch.ones(1, 4), torch.ones(1, 2)), sources=((0, 1), (1,)))
+    assert torch.equal(chosen.image(1).apply(torch.eye(2)), torch.ones(1, 2))
+    with pytest.raises(VTPruneError, match=r"image 0 takes up tokens of images \(0, 1\).*together"):
+        chosen.image(0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "mix", "message"),
+    [
+        (((0,),), None, "need a matrix"),
+        (((0,), (1,)), (torch.ones(1, 2),), "need a matrix"),
+        (((1,),), (torch.ones(1, 2),), "image 0: the 2 columns"),
+        (((0, 0, 0),), (torch.ones(1, 2),), "image 0: the 2 columns"),
+        (((),), (torch.ones(1, 2),), "image 0: the 2 columns"),
+    ],
+)
+def test_sources_fit_their_matrices(sources: Any, mix: Any, message: str) -> None:
+    with pytest.raises(VTPruneError, match=message):
+        Selection((torch.tensor([0]),), mix=mix, sources=sources)
 
 
 def test_gather_reference() -> None:

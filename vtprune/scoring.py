@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from zlib import crc32
@@ -236,39 +237,68 @@ def recycled(scores: Tensor, cells: Tensor, k: int) -> Selection:
 # ---------------------------------------------------------------------- counts and layers
 
 
-def together(parts: Sequence[Selection]) -> Selection:
-    """One selection of the images of several, in their order; where some merge, the others keep vectors as they are."""
-    index = tuple(i for part in parts for i in part.index)
-    if all(part.mix is not None for part in parts):
-        return Selection(index, mix=tuple(rows for part in parts for rows in part.mix or ()))
-    n = max((part.into.shape[1] for part in parts if part.into is not None), default=None)
-    if n is None:
+def together(parts: Sequence[Selection], images: Sequence[Sequence[int]] | None = None) -> Selection:
+    """One selection of the images of several; where some merge, the others keep vectors as they are.
+
+    Args:
+        images: for every part, the numbers that its images have in the result; None puts one part behind the other.
+    """
+    if images is None:
+        numbers = itertools.count()
+        images = [[next(numbers) for _ in part.index] for part in parts]
+    order = sorted((g, p, i) for p, some in enumerate(images) for i, g in enumerate(some))
+    index = tuple(parts[p].index[i] for _, p, i in order)
+    if not any(part.merges for part in parts):
         return Selection(index)
-    into, weight = [], []
-    for part in parts:
-        if part.into is None or part.weight is None:
-            for kept in part.index:
-                slots = torch.full((1, n), -1, device=kept.device)
-                slots[0, kept] = torch.arange(len(kept), device=kept.device)
-                into.append(slots)
-                weight.append(torch.ones(1, n, device=kept.device))
-        else:
-            into.append(part.into)
-            weight.append(part.weight)
-    return Selection(index, torch.cat(into), torch.cat(weight))
+    n = max(_width(part) for part in parts)
+    if all(part.mix is None for part in parts):
+        pairs = [_slots(parts[p], i, n) for _, p, i in order]
+        return Selection(index, torch.cat([into for into, _ in pairs]), torch.cat([w for _, w in pairs]))
+    mix = tuple(_matrix(parts[p], i, n) for _, p, i in order)
+    if all(part.sources is None for part in parts):
+        return Selection(index, mix=mix)
+    own = [part.sources or tuple((i,) for i in range(len(part.index))) for part in parts]
+    return Selection(
+        index, mix=mix, sources=tuple(tuple(images[p][s] for s in own[p][i]) for _, p, i in order)
+    )
+
+
+def _width(part: Selection) -> int:
+    """Tokens per image where a selection merges, else 0."""
+    if part.mix is not None:
+        return part.mix[0].shape[1] // (1 if part.sources is None else len(part.sources[0]))
+    return 0 if part.into is None else part.into.shape[1]
+
+
+def _slots(part: Selection, i: int, n: int) -> tuple[Tensor, Tensor]:
+    """`into` and `weight` [1, n] of an image whose part has no `mix`."""
+    if part.into is not None and part.weight is not None:
+        return part.into[i : i + 1], part.weight[i : i + 1]
+    kept = part.index[i]
+    slots = torch.arange(len(kept), device=kept.device)
+    return kept.new_full((1, n), -1).scatter(1, kept[None], slots[None]), torch.ones(1, n, device=kept.device)
+
+
+def _matrix(part: Selection, i: int, n: int) -> Tensor:
+    """The row of `mix` of an image."""
+    if part.mix is not None:
+        return part.mix[i]
+    into, weight = _slots(part, i, n)
+    slots = len(part.index[i])
+    return weight.new_zeros(slots + 1, n).scatter(0, into.where(into >= 0, slots), weight)[:-1]
 
 
 def by_count(view: View, counts: Sequence[int], decide: Callable[[View], Selection]) -> Selection:
     """Lets `decide` choose a count of its own for every image; images that keep all tokens are not shown to it."""
-    chosen: dict[int, Selection] = {}
+    parts, images = [], []
     for count in sorted(set(counts)):
         members = [g for g, c in enumerate(counts) if c == count]
         if count == view.n:
-            part = Selection.everything(len(members), count, view.features.device)
+            parts.append(Selection.everything(len(members), count, view.features.device))
         else:
-            part = decide(_some(view, members, count))
-        chosen |= {g: part.image(i) for i, g in enumerate(members)}
-    return together([chosen[g] for g in range(len(counts))])
+            parts.append(decide(_some(view, members, count)))
+        images.append(members)
+    return together(parts, images)
 
 
 def _some(view: View, images: list[int], k: int) -> View:

@@ -24,12 +24,33 @@ class Selection:
         weight: [G, N] coefficients of that sum, used as they are.
         mix: one [K_g, N] matrix per image instead of `into` and `weight`, where a token is added to several slots:
             survivor s becomes sum_j mix[s, j] x_j.
+        sources: per image, the images whose tokens, one image after the other, are the columns of its `mix`,
+            [K_g, len(sources[g]) N]: so frames of a clip take up tokens of each other. None: columns are its own tokens.
+
+    Raises:
+        VTPruneError: `sources` fit no `mix`.
     """
 
     index: tuple[Tensor, ...]
     into: Tensor | None = None
     weight: Tensor | None = None
     mix: tuple[Tensor, ...] | None = None
+    sources: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sources is None:
+            return
+        images = range(len(self.index))
+        if self.mix is None or not len(self.sources) == len(self.mix) == len(images):
+            raise VTPruneError(
+                f"sources={self.sources} need a matrix in `mix` for each of {len(images)} images."
+            )
+        for g, (of, m) in enumerate(zip(self.sources, self.mix, strict=True)):
+            if not of or not all(s in images for s in of) or m.shape[-1] % len(of):
+                raise VTPruneError(
+                    f"image {g}: the {m.shape[-1]} columns of `mix` are not the tokens of images {of}; "
+                    f"name images 0 to {len(images) - 1}, each with N columns."
+                )
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -66,7 +87,16 @@ class Selection:
         return cls(tuple(torch.arange(n_tokens, device=device) for _ in range(n_images)))
 
     def image(self, g: int) -> Selection:
-        """The part that concerns image g, as a selection of one image."""
+        """The part that concerns image g, as a selection of one image.
+
+        Raises:
+            VTPruneError: it takes up tokens of other images, so that it is none by itself.
+        """
+        if self.sources is not None and self.sources[g] != (g,):
+            raise VTPruneError(
+                f"image {g} takes up tokens of images {self.sources[g]} and cannot be cut out of the selection; "
+                "vtprune.scoring.together() joins and orders whole selections."
+            )
         if self.mix is not None:
             return Selection((self.index[g],), mix=(self.mix[g],))
         if self.into is None or self.weight is None:
@@ -82,7 +112,7 @@ class Selection:
         return torch.where(index < 0, index[:, :1], index)
 
     def index_of(self, names: Tensor) -> tuple[Tensor, ...]:
-        """Per image the names of the kept tokens; names [G, N] int64 of all of them."""
+        """Per image the names of the kept tokens; names [G, N] of all of them."""
         return tuple(row[:k] for row, k in zip(names.gather(1, self.padded), self.counts, strict=True))
 
     def dropped(self, names: Tensor) -> tuple[Tensor, ...]:
@@ -117,14 +147,45 @@ class Selection:
         """
         if self.mix is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
+            rows = {of: torch.cat([x[s] for s in of]).to(wide) for of in {*self._sources}}
             return tuple(
-                (m.to(wide) @ rows.to(wide)).to(x.dtype) for m, rows in zip(self.mix, x, strict=True)
+                (m.to(wide) @ rows[of]).to(x.dtype) for m, of in zip(self.mix, self._sources, strict=True)
             )
         if self.into is None or self.weight is None:
             out = ops.gather_tokens(x, self.padded)
         else:
             out = ops.merge_tokens(x, self.into, self.weight, max(self.counts))
         return tuple(rows[:k] for rows, k in zip(out, self.counts, strict=True))
+
+    def sizes(self, before: Tensor) -> tuple[Tensor, ...]:
+        """How many original tokens every survivor stands for.
+
+        Args:
+            before: [G, N] how many the tokens stood for. A token in several slots is shared out by its coefficients.
+
+        Returns:
+            [K_g] per image.
+        """
+        if self.mix is not None:
+            total = torch.zeros_like(before)
+            for m, of in zip(self.mix, self._sources, strict=True):
+                for s, column in zip(of, m.sum(0).split(before.shape[1]), strict=True):
+                    total[s] += column
+            share = before / total.clamp(min=1e-12)
+            return tuple(
+                m.to(share) @ torch.cat([share[s] for s in of])
+                for m, of in zip(self.mix, self._sources, strict=True)
+            )
+        if self.into is None:
+            return self.index_of(before)
+        slots = max(self.counts)
+        into = self.into.where(self.into >= 0, slots)
+        summed = before.new_zeros(len(before), slots + 1).scatter_add(1, into, before)
+        return tuple(row[:k] for row, k in zip(summed, self.counts, strict=True))
+
+    @property
+    def _sources(self) -> tuple[tuple[int, ...], ...]:
+        return self.sources or tuple((g,) for g in range(len(self.index)))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,42 @@ def prompts_of(family: str) -> dict[str, list[Any]]:
     return rows
 
 
+@functools.cache
+def clips_of(family: str) -> dict[str, list[Any]]:
+    """Rows of one or two clips, with pictures before and behind, for batches.
+
+    Clips differ in their numbers of frames, grids and seconds per frame where the family takes that in one batch;
+    elsewhere the rows in front have three frames each, and the other ones four and one.
+    """
+    if not LVLMS[family].ragged_videos:
+        rows: dict[str, list[Any]] = {
+            "short": [20, Video(4, 3), 21, 22],
+            "two clips": [20, Video(6, 3), Video(7, 3), 22, 23],
+            "image, clip": [20, Image(1, 2), 21, Video(8, 3), 22],
+            "clip, image": [20, 24, Video(9, 3), 21, Image(2, 1), 22, 23],
+            "four frames": [25, Video(5, 4), 26],
+            "two of four": [25, Video(6, 4), 26, Image(3), 27, Video(7, 4), 28],
+            "one frame": [20, Video(8, 1), 21, Image(1), Video(9, 1), 22],
+        }
+        return rows
+    return {
+        "short": [20, Video(4, 2), 21, 22],
+        "two clips": [20, Video(6, 3, 2), Video(7, 4, 0, 2.0), 22, 23],
+        # One frame with the grid of the picture beside it.
+        "image, clip": [20, Image(1, 2), 21, Video(8, 1), 22],
+        "clip, image": [20, 24, Video(9, 5, 0, 1.5), 21, Image(2, 1), 22, 23],
+        "long": [25, Video(5, 6, 1, 0.5), 26],
+    }
+
+
+def batches_of(family: str) -> list[tuple[str, ...]]:
+    """The rows of `clips_of` as batches that the family takes, the first with a row of text."""
+    mixed = ("two clips", "image, clip", "text", "clip, image", "short")
+    if LVLMS[family].ragged_videos:
+        return [(*mixed, "long")]
+    return [mixed, ("four frames", "two of four"), ("one frame",)]
+
+
 def ragged(family: str) -> tuple[str, ...]:
     """Rows of a batch with differing counts of pictures, one of them without any."""
     return ("two", "text", "large", "mixed" if LVLMS[family].has_video else "one")
@@ -50,7 +86,7 @@ def ragged(family: str) -> tuple[str, ...]:
 
 @functools.cache
 def _inputs(family: str, names: tuple[str, ...], padding: str) -> Row:
-    rows = prompts_of(family)
+    rows = {**prompts_of(family), **clips_of(family)}
     return LVLMS[family].batch([rows[n] for n in names], padding=padding)
 
 
@@ -227,6 +263,25 @@ def assert_budget(report: vtprune.Report, method: str, keep: int | float) -> Non
         assert_counts(report, 1.0 if method == "keep-all" else keep)
 
 
+def assert_lengths(family: str, names: Sequence[str], out: Any, report: vtprune.Report) -> None:
+    """Cache and report hold exactly the columns that the claims leave."""
+    found = claims(report, family, names)
+    lengths = [visual(family, name).length for name in names]
+    layers = out.past_key_values.layers
+    assert len(report.layers) == len(layers) == len(judge_of(family).layers)
+    for number, (layer, entry) in enumerate(zip(layers, report.layers, strict=True)):
+        alive = [c.alive(n, number) for c, n in zip(found, lengths, strict=True)]
+        pictures = [len(visual(family, name).columns) for name in names]
+        assert entry.tokens == alive
+        assert entry.visual_tokens == [v - n + a for v, n, a in zip(pictures, lengths, alive, strict=True)]
+        slots = max(alive)
+        if getattr(layer, "is_sliding", False):
+            slots = min(slots, layer.sliding_window - 1)
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == slots
+        assert entry.kv_bytes == layer.keys.nbytes + layer.values.nbytes
+    assert report.kv_bytes == sum(entry.kv_bytes for entry in report.layers)
+
+
 def assert_logits(
     family: str,
     names: Sequence[str],
@@ -317,6 +372,10 @@ def merges_of(
                 torch.testing.assert_close(through, stock[sample][number], atol=TOLERANCE, rtol=TOLERANCE)
             if not chosen.merges:
                 continue
+            of = (g,) if chosen.sources is None else chosen.sources[g]
+            shown = [view.layout[s] for s in of]
+            assert {(one.modality, one.image) for one in shown} == {(layout.modality, layout.image)}
+            features = torch.cat([view.features[s] for s in of])
             made: list[dict[int, float]] = [{} for _ in kept]
             if chosen.mix is not None:
                 made = [{t: w for t, w in enumerate(row) if w} for row in chosen.mix[g].tolist()]
@@ -328,7 +387,7 @@ def merges_of(
                 ):
                     if slot >= 0:
                         made[slot][token] = weight
-            own = [unit.columns[index] for index in view.index[g].tolist()]
+            own = [places[view.layout[s]][2].columns[index] for s in of for index in view.index[s].tolist()]
             if site.startswith("decoder"):
                 sums: list[Any] = [{own[token]: w for token, w in parts.items()} for parts in made]
             else:

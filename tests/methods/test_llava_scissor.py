@@ -74,11 +74,16 @@ def literal(
     centres = [np.mean([means[r] for r in sorted(w)], axis=0) for w in wholes]
     nearest = [max(range(len(wholes)), key=lambda c: cosine(x, centres[c])) for x in flat]
     values: list[dict[int, np.ndarray]] = [{} for _ in range(f)]
-    for r in stays:
-        token = max(sorted(groups[r]), key=lambda i: cosine(flat[i], means[r]))
-        whole = next(c for c, w in enumerate(wholes) if r in w)
-        joined = [flat[i] for i in range(f * n) if i // n == frame[r] and nearest[i] == whole]
-        values[frame[r]][token % n] = (means[r] + sum(joined)) / (1 + len(joined))
+    for number, whole in enumerate(wholes):
+        mine = sorted(r for r in stays if r in whole)
+        # One, but where frames keep a last one: then each takes what comes until the next.
+        for place, r in enumerate(mine):
+            since = frame[r] if place else 0
+            until = frame[mine[place + 1]] if r != mine[-1] else f
+            token = max(sorted(groups[r]), key=lambda i: cosine(flat[i], means[r]))
+            mean = np.mean([means[p] for p in sorted(whole) if since <= frame[p] < until], axis=0)
+            joined = [flat[i] for i in range(f * n) if since <= i // n < until and nearest[i] == number]
+            values[frame[r]][token % n] = (mean + sum(joined)) / (1 + len(joined))
     return [sorted(row) for row in values], values
 
 
@@ -105,6 +110,15 @@ def test_a_repeated_frame_keeps_one_token() -> None:
     x = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2, 3, 3]].expand(2, 6, 4)
     found = create("llava-scissor").decide(make_view(x, {}, 6, video(2, 6)))
     assert found.counts == (3, 1)
+
+
+def test_a_component_across_frames_is_one_token_as_theirs() -> None:
+    """No frame is emptied: y = (representative + sum of joined) / (1 + number of joined), tokens of both frames."""
+    x = torch.tensor([[[1.0, 0, 0], [0, 1, 0]], [[1, 0.1, 0], [0, 0, 1]]], dtype=torch.float64)
+    found = create("llava-scissor").decide(make_view(x, {}, 2, video(2, 2)))
+    assert lists(found) == [[0, 1], [1]]
+    representative = x[:, 0].mean(0)
+    torch.testing.assert_close(found.apply_all(x)[0][0], (representative + x[:, 0].sum(0)) / 3)
 
 
 def test_threshold_is_checked() -> None:

@@ -95,13 +95,15 @@ class EncoderEngine(Bound):
 
         @functools.wraps(stock)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = getattr(self.local, "call", None)
+            if getattr(self.local, "call", None) is not None:
+                # Qwen3-VL encodes videos through the method for images.
+                return stock(*args, **kwargs)
             arguments = signature.bind_partial(*args, **kwargs).arguments
             self.local.call = FeatureCall(modality, {**arguments, **arguments.get("kwargs", {})})
             try:
                 return stock(*args, **kwargs)
             finally:
-                self.local.call = before
+                self.local.call = None
 
         return call
 
@@ -206,9 +208,9 @@ class EncoderEngine(Bound):
                     continue
                 left = selection.index_of(tokens.grid_index(decision.images))
                 new = selection.apply_all(tokens.features(decision.images))
-                for g, (i, image) in enumerate(zip(decision.images, numbers, strict=True)):
+                encoding.resize(numbers, n, tokens.sizes(decision.images), selection)
+                for g, image in enumerate(numbers):
                     if changed[g]:
-                        encoding.resize(image, tokens.places(i), selection, g)
                         encoding.alive[image], kept[image] = left[g], new[g]
         encoding.fired += 1
         encoding.proportional |= stage.proportional

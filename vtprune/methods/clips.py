@@ -26,7 +26,7 @@ class Clipwise(Method):
     A video of F frames with a budget of k tokens each keeps exactly k F tokens, and every frame at least one of them:
     the engine removes no frame altogether. A picture, and every tile of one, is a video of one frame. A method is shown
     frames with equally many tokens at a time; where an earlier stage left them different counts, those with the same
-    count are a video of their own, so that "the frame before" is the one before among them.
+    count are a video of their own, so that "the frame before" is the one before among them, and merge alone.
     """
 
     def site(self, facts: ModelFacts) -> Site:
@@ -38,11 +38,8 @@ class Clipwise(Method):
 
     def decide(self, view: View) -> Selection:
         found = clips(view.layout)
-        chosen: dict[int, Selection] = {}
-        for members in found:
-            part = self.choose(part_of(view, members, view.k, 0), view.k * len(members))
-            chosen |= {g: part.image(i) for i, g in enumerate(members)}
-        return together([chosen[g] for g in range(len(view.layout))])
+        parts = [self.choose(part_of(view, members, view.k, 0), view.k * len(members)) for members in found]
+        return together(parts, found)
 
 
 def clips(layout: Sequence[TokenLayout]) -> list[list[int]]:

@@ -52,3 +52,46 @@ def joined_by(edges: Sequence[Sequence[int]], nodes: int) -> list[int]:
         one, other = sorted((root(parent, a), root(parent, b)))
         parent[other] = one
     return [root(parent, i) for i in parent]
+
+
+def mean_of(group: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [count, M] that takes M vectors to the means of their groups [M], numbered 0 .. count - 1."""
+    member = (group == torch.arange(count, device=group.device)[:, None]).to(dtype)
+    return member / member.sum(1, keepdim=True)
+
+
+def left_by(
+    edges: Sequence[Sequence[int]], frame: Sequence[int], least: int
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """Joins nodes along edges until `least` survive: one per component, the earliest, but the last of a frame stays.
+
+    Args:
+        edges: strongest first, of a tree.
+        frame: ascending, of every node.
+
+    Returns:
+        The survivors in their order; every node's component, numbered by first nodes; and for every component and frame
+        the place among the survivors of that which stands for the component there, the latest until then or the first.
+    """
+    left = [frame.count(t) for t in range(frame[-1] + 1)]
+    parent, stays = list(range(len(frame))), set(range(len(frame)))
+    first = list(parent)  # the survivor of a component that may still go
+    for a, b in edges:
+        if len(stays) == least:
+            break
+        one, other = sorted((root(parent, a), root(parent, b)))
+        early, late = sorted((first[one], first[other]))
+        gone = late if left[frame[late]] > 1 else early
+        if left[frame[gone]] > 1:
+            stays.remove(gone)
+            left[frame[gone]] -= 1
+        first[one] = early if gone == late else late
+        parent[other] = one
+    roots = [root(parent, r) for r in range(len(frame))]
+    number = {c: i for i, c in enumerate(sorted(set(roots)))}
+    kept, keeper = sorted(stays), [[-1] * len(left) for _ in number]
+    for place, r in enumerate(kept):
+        row = keeper[number[roots[r]]]
+        start = 0 if row[0] < 0 else frame[r]
+        row[start:] = [place] * (len(row) - start)
+    return kept, [number[c] for c in roots], keeper

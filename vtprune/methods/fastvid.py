@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from vtprune.finite import check_finite
 from vtprune.method import ModelFacts, Signal, View, check_choice
 from vtprune.methods.clips import Clipwise, shares
 from vtprune.ops import gather_tokens
-from vtprune.selecting import of_everyone, peak_scores, unit, widened
+from vtprune.selecting import peak_scores, unit, widened
 from vtprune.selection import Selection, topk
 
 NEIGHBOURS = 4
@@ -29,19 +29,17 @@ class FastVID(Clipwise):
         context: a segment of L frames has L floor(k d), on its anchors, every p-th frame counted back from its last;
             rho_i = exp(-mean of the 4 smallest |x_i - x_j|^2 / D),   delta_i = distance to the nearest denser token,
             argtop rho delta among the frame's other tokens
-        those join their nearest context token y (cosine):   y = w y + (1 - w) mean of joined,
-            w = max(1 / (1 + number of joined), beta)
+        the other tokens of the segment, and these, join the nearest (cosine) context token y of every such frame:
+            y = w y + (1 - w) mean of joined,   w = max(1 / (1 + number of joined), beta)
 
     Source: Shen et al., "FastVID: Dynamic Density Pruning for Fast Video Large Language Models" (2025);
     LunarShen/FastVID at a40a109, defaults of its LLaVA-OneVision runs. Original positions as theirs.
 
-    Deviations: (1) The engine merges within a frame only: tokens join the context tokens of their own frame, and those
-    of frames without any are discarded (theirs: tokens of the whole segment join those of each anchor). (2) Attention is
-    that which tokens receive in the last ViT layer that reaches the features (theirs: of SigLIP's pooling head, or on
-    Qwen2.5-VL of a frame's mean query), and frames are compared by their mean token as on Qwen2.5-VL (LLaVA: by
-    the pooling head). (3) The budget is exact: floor(L floor(k d) / anchors) leaves a rest, which goes to the first anchors,
-    and what an anchor has no tokens for goes to the other frames of the segment. (4) No noise on rho; ties go to the
-    lower index.
+    Deviations: (1) Attention is that which tokens receive in the last ViT layer that reaches the features (theirs: of
+    SigLIP's pooling head, or on Qwen2.5-VL of a frame's mean query), and frames are compared by their mean token as on
+    Qwen2.5-VL (LLaVA: by the pooling head). (2) The budget is exact: floor(L floor(k d) / anchors) leaves a rest, which
+    goes to the first anchors, and what an anchor has no tokens for goes to the other frames of the segment, whose context
+    tokens are then joined likewise. (3) No noise on rho; ties go to the lower index.
 
     Attributes:
         segments: c; a video of at most c frames has one segment per frame.
@@ -82,43 +80,45 @@ class FastVID(Clipwise):
         (attention,) = (widened(view[signal]).mean(1) for signal in view.signals)
         check_finite(x)
         dense = int(view.k * self.context)
-        salient = topk(attention, view.k - dense)
-        others = torch.ones_like(attention, dtype=torch.bool).scatter(1, salient, False)
-        rest = of_everyone(others, n - view.k + dense)
-        candidates = gather_tokens(x, rest)
-        centres = rest[:, :0]
-        if dense:
-            centres = rest.gather(1, topk(peak_scores(candidates, NEIGHBOURS)[0], rest.shape[1]))
-        index, mix = [], []
-        for t, count in enumerate(self.contexts(x.mean(1), dense, rest.shape[1])):
-            kept = torch.cat([salient[t], centres[t, :count]])
-            matrix = torch.eye(n, dtype=x.dtype, device=x.device)[kept]
-            if count:
-                near = (unit(candidates[t]) @ unit(x[t, centres[t, :count]]).T).argmax(1)
-                joined = torch.zeros(count, n, dtype=x.dtype, device=x.device)
-                joined[near, rest[t]] = 1
-                number = joined.sum(1, keepdim=True)
-                weight = (1 / (number + 1)).clamp(min=self.beta)
-                own = matrix[-count:]
-                matrix[-count:] = weight * own + (1 - weight) * joined / number.clamp(min=1)
-            index.append(kept.sort().values)
-            mix.append(matrix[kept.argsort()])
-        return Selection(tuple(index), mix=tuple(mix))
+        order = topk(attention, n)
+        salient, rest = order[:, : view.k - dense], order[:, view.k - dense :].sort(-1).values
+        candidates, room = gather_tokens(x, rest), rest.shape[1]
+        centres = rest.gather(1, topk(peak_scores(candidates, NEIGHBOURS)[0], room)) if dense else rest
+        rows = []
+        for scene in self.scenes(x.mean(1)):
+            part = slice(scene.start, scene.stop)
+            tokens = unit(candidates[part]).flatten(0, 1)
+            column = (rest[part] + n * torch.arange(len(scene), device=x.device)[:, None]).flatten()
+            for t, count in zip(scene, self.contexts(len(scene), dense, room), strict=True):
+                kept, order = torch.cat([salient[t], centres[t, :count]]).sort()
+                of, own = (tuple(scene), kept + (t - scene.start) * n) if count else ((t,), kept)
+                matrix = x.new_zeros(len(kept), len(of) * n).scatter(1, own[:, None], 1)
+                if count:
+                    near = (tokens @ unit(x[t, centres[t, :count]]).T).argmax(1)
+                    joined = torch.zeros_like(matrix)
+                    joined[order.argsort()[near - count], column] = 1  # context tokens came last
+                    number = joined.sum(1, keepdim=True)
+                    weight = (1 / (number + 1)).clamp(min=self.beta)
+                    matrix = weight * matrix + (1 - weight) * joined / number.clamp(min=1)
+                rows.append((kept, matrix, of))
+        index, mix, sources = zip(*rows, strict=True)
+        return Selection(index, mix=mix, sources=sources)
 
-    def contexts(self, means: Tensor, dense: int, room: int) -> Sequence[int]:
-        """Context tokens per frame, `dense` on average and at most `room`; means [F, D] of frames."""
+    def scenes(self, means: Tensor) -> list[range]:
+        """Frames of every segment; means [F, D] of frames."""
         alike = (unit(means[1:]) * unit(means[:-1])).sum(1)
         cuts = {*alike.sort(stable=True).indices[: self.segments - 1].tolist()}
         cuts |= {t for t, cosine in enumerate(alike.tolist()) if cosine < self.threshold}
-        counts, start = [0] * len(means), 0
-        for last in sorted({*cuts, len(means) - 1}):
-            frames = range(start, last + 1)
-            some = [t for t in frames if (last - t) % self.anchors == 0]
-            others = [t for t in frames if t not in some]
-            for t, share in zip(some, shares(dense * len(frames), len(some)), strict=True):
-                counts[t] = min(share, room)
-            excess = dense * len(frames) - sum(counts[t] for t in some)
-            for t, share in zip(others, shares(excess, len(others)), strict=True):
-                counts[t] = share
-            start = last + 1
+        edges = [0, *(t + 1 for t in sorted({*cuts, len(means) - 1}))]
+        return [range(start, end) for start, end in pairwise(edges)]
+
+    def contexts(self, frames: int, dense: int, room: int) -> list[int]:
+        """Context tokens of every frame of a segment, `dense` on average and at most `room`."""
+        some = [t for t in range(frames) if (frames - 1 - t) % self.anchors == 0]
+        others = [t for t in range(frames) if t not in some]
+        counts = [0] * frames
+        for t, share in zip(some, shares(dense * frames, len(some)), strict=True):
+            counts[t] = min(share, room)
+        for t, share in zip(others, shares(dense * frames - sum(counts), len(others)), strict=True):
+            counts[t] = share
         return counts

@@ -12,7 +12,7 @@ from vtprune.errors import InvalidOptionError
 from vtprune.finite import check_finite
 from vtprune.method import View
 from vtprune.methods.clips import Clipwise
-from vtprune.methods.components import joined_by, root, spanning_tree, strongest
+from vtprune.methods.components import joined_by, left_by, mean_of, spanning_tree, strongest
 from vtprune.methods.emergent import Emergent
 from vtprune.selecting import unit, widened
 from vtprune.selection import Selection
@@ -30,12 +30,12 @@ class LLaVAScissor(Emergent, Clipwise):
     formulas of HumanMLLM/LLaVA-Scissor at b63354c (no licence, nothing copied). tau = 0.9 as in their README (their
     class: 0.95). That positions are dense is inferred from the models they run on.
 
-    Deviations: (1) The engine merges within a frame only. Of a component that spans frames one token stays, the one nearest
-    to the mean of its frame's component, in the earliest frame; y has that mean as the representative and the joined
-    tokens of its own frame, and tokens of other frames that join it are discarded. (2) Every frame keeps a token.
-    (3) `keep` merges the most similar components first until k tokens per frame are left on average, exactly: the
-    budget replaces tau across frames, and limits it within them (theirs has tau alone). (4) Components are exact
-    (theirs: found from sampled nodes, and some nodes fall out).
+    Deviations: (1) Of a component one token stays, in the earliest frame the one nearest to the mean of the component
+    there. (2) Every frame keeps a token. A component that is all that is left of several frames has one in each, from
+    the parts and joined tokens of its frame and those up to the next of them (the first: those before, too). (3) `keep`
+    merges the most similar components first until k tokens per frame are left on average, exactly: the budget replaces
+    tau across frames, and limits it within them (theirs has tau alone). (4) Components are exact (theirs: found from
+    sampled nodes, and some nodes fall out).
 
     Without a budget nothing may be like enough to be merged; a warning says so.
 
@@ -76,39 +76,21 @@ class LLaVAScissor(Emergent, Clipwise):
         names = sorted(set(group))
         number = {name: i for i, name in enumerate(names)}
         part = torch.tensor([number[name] for name in group], device=x.device)
-        member = (part == torch.arange(len(names), device=x.device)[:, None]).to(x.dtype)  # [R, F N]
-        share = member / member.sum(1, keepdim=True)
-        flat = x.view(-1, width)
+        share, flat = mean_of(part, len(names), x.dtype), x.view(-1, width)
         means = share @ flat
-        near = (unit(means) @ unit(flat).T).masked_fill(member == 0, -torch.inf).argmax(1)
+        near = (unit(means) @ unit(flat).T).masked_fill(share == 0, -torch.inf).argmax(1)
         weight, pair = spanning_tree((unit(means) @ unit(means).T)[None])
         edges = strongest(weight[0], pair[0], -torch.inf if self.keep is not None else self.threshold)
         frame = [name // n for name in names]  # a component is named by its first token
-        left = [frame.count(t) for t in range(frames)]
-        component, stays, alive = list(range(len(names))), set(range(len(names))), len(names)
-        first = list(component)  # the survivor of a component that may still go
-        for a, b in edges:
-            if alive == least:
-                break
-            one, other = sorted((root(component, a), root(component, b)))
-            early, late = sorted((first[one], first[other]))
-            gone = late if left[frame[late]] > 1 else early
-            if left[frame[gone]] > 1:
-                stays.remove(gone)
-                left[frame[gone]] -= 1
-                alive -= 1
-            first[one] = early if gone == late else late
-            component[other] = one
-        whole = torch.tensor([root(component, r) for r in component], device=x.device)
-        ids = whole.unique()
-        centre = torch.stack([means[whole == c].mean(0) for c in ids])
-        nearest = ids[(unit(flat) @ unit(centre).T).argmax(1)].view(frames, n)
-        index, mix = [], []
-        for t in range(frames):
-            mine = torch.tensor([r for r in stays if frame[r] == t], device=x.device)
-            mine = mine[near[mine].argsort()]
-            index.append(near[mine] - t * n)
-            joined = (nearest[t] == whole[mine][:, None]).to(x.dtype)
-            own = share[mine][:, nodes[t]]
-            mix.append((own + joined) / (1 + joined.sum(1, keepdim=True)))
-        return Selection(tuple(index), mix=tuple(mix))
+        kept, wholes, keepers = left_by(edges, frame, least)
+        whole, time, keeper = (torch.tensor(a, device=x.device) for a in (wholes, frame, keepers))
+        centre = mean_of(whole, len(keepers), x.dtype) @ means
+        nearest = (unit(flat) @ unit(centre).T).argmax(1)
+        own = mean_of(keeper[whole, time], len(kept), x.dtype) @ share
+        joins = keeper[nearest, nodes.flatten() // n]
+        joined = (joins == torch.arange(len(kept), device=x.device)[:, None]).to(x.dtype)
+        rows = (own + joined) / (1 + joined.sum(1, keepdim=True))
+        place, order = near[kept].sort()
+        counts = [sum(frame[r] == t for r in kept) for t in range(frames)]
+        index = tuple(at - t * n for t, at in enumerate(place.split(counts)))
+        return Selection(index, mix=rows[order].split(counts), sources=(tuple(range(frames)),) * frames)

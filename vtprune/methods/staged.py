@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from vtprune.errors import InvalidOptionError
 from vtprune.method import Method, ModelFacts, Signal, Site, Stage, View, check_keep, resolve_layer
-from vtprune.scoring import rounded
+from vtprune.scoring import rounded, together
 from vtprune.selection import Selection
 
 
@@ -196,16 +194,15 @@ class Staged(Method):
             wanted = [view.k] * len(view.layout)
         else:
             wanted = [min(view.n, schedule.counts(self.keep, n)[place]) for n in view.n_original]
-        parts: list[Selection | None] = [None] * len(wanted)
+        parts, images = [], []
         for k in sorted(set(wanted)):
             rows = [g for g, w in enumerate(wanted) if w == k]
             if k == view.n:
-                chosen = Selection.everything(len(rows), k, view.features.device)
+                parts.append(Selection.everything(len(rows), k, view.features.device))
             else:
-                chosen = self.decide(part_of(view, rows, k, stage))
-            for place_in_part, g in enumerate(rows):
-                parts[g] = chosen.image(place_in_part)
-        return _joined([p for p in parts if p is not None], view.n)
+                parts.append(self.decide(part_of(view, rows, k, stage)))
+            images.append(rows)
+        return together(parts, images)
 
 
 def part_of(view: View, rows: Sequence[int], k: int, stage: int) -> StageView:
@@ -223,20 +220,3 @@ def part_of(view: View, rows: Sequence[int], k: int, stage: int) -> StageView:
     )
     part.stage = stage
     return part
-
-
-def _joined(parts: Sequence[Selection], n: int) -> Selection:
-    """Selections of one image each as one."""
-    index = tuple(part.index[0] for part in parts)
-    if all(part.into is None for part in parts):
-        return Selection(index)
-    into, weight = [], []
-    for kept, part in zip(index, parts, strict=True):
-        if part.into is None or part.weight is None:
-            slots = torch.arange(len(kept), device=kept.device)
-            into.append(kept.new_full((n,), -1).scatter(0, kept, slots))
-            weight.append(torch.ones(n, device=kept.device))
-        else:
-            into.append(part.into[0])
-            weight.append(part.weight[0])
-    return Selection(index, torch.stack(into), torch.stack(weight))
