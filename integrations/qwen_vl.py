@@ -70,4 +70,5 @@ def integrate(model: nn.Module) -> Integration:
         mrope=True,
         inject=None if deepstack is None else "_deepstack_process",
     )
-    return assemble(model, base, [tower], decoder, video=True)
+    calls = {"image": "get_image_features", "video": "get_video_features"}
+    return assemble(model, base, [tower], decoder, video=True, calls=calls)

@@ -350,7 +350,8 @@ class PackedViT(VisionTower):
         side = int(self.unit**0.5)
         layouts = []
         for image, (t, h, w) in enumerate(grid.tolist()):
-            modality = "video" if t > 1 else "image"
+            # The grid alone does not tell a picture from a video of one frame.
+            modality = call.modality if call is not None else "video" if t > 1 else "image"
             layouts += [TokenLayout(h // side, w // side, modality, image, time) for time in range(t)]
         sizes = [layout.n_tokens * self.unit for layout in layouts]
         encoding = Encoding(self, layouts, lambda: pixels.split(sizes), pixels.device)

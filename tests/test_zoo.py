@@ -10,9 +10,6 @@ import torch
 
 from vtprune.testing.zoo import ENCODERS, LVLMS, Image, Prompt, Video
 
-# These take one number of frames per batch.
-DENSE_VIDEO = ("llava_next_video", "llava_onevision", "video_llava")
-
 
 @functools.cache
 def model_of(name: str, attention: str = "sdpa") -> Any:
@@ -30,7 +27,7 @@ def prompts_of(name: str) -> list[Prompt]:
     if family.variable_size:
         prompts += [[31, Image(4, 1), 32], [Image(5, 2), 33, 34]]
     if family.has_video:
-        frames = 2 if name in DENSE_VIDEO else 3
+        frames = 3 if family.ragged_videos else 2
         prompts += [[35, Video(1), 36, 37], [Video(2, frames), Image(6), 38, Video(3)]]
     return prompts
 

@@ -11,6 +11,7 @@ from contract.common import CELLS, FAMILIES, KEY_CELLS, TOLERANCE, judge_of, opt
 from contract.evidence import (
     assert_budget,
     assert_counts,
+    assert_lengths,
     assert_logits,
     assert_units,
     budget,
@@ -222,25 +223,6 @@ def test_compositions(family: str, chain: str) -> None:
             assert_logits(family, names, inputs, logits, report)
         assert len(report.positions) == len(parts)
         assert len({len(c.removed) for c in claims(report, family, names)} - {0}) == 1
-
-
-def assert_lengths(family: str, names: tuple[str, ...], out: Any, report: vtprune.Report) -> None:
-    """Cache and report hold exactly the columns that the claims leave."""
-    found = claims(report, family, names)
-    lengths = [visual(family, name).length for name in names]
-    layers = out.past_key_values.layers
-    assert len(report.layers) == len(layers) == len(judge_of(family).layers)
-    for number, (layer, entry) in enumerate(zip(layers, report.layers, strict=True)):
-        alive = [c.alive(n, number) for c, n in zip(found, lengths, strict=True)]
-        pictures = [len(visual(family, name).columns) for name in names]
-        assert entry.tokens == alive
-        assert entry.visual_tokens == [v - n + a for v, n, a in zip(pictures, lengths, alive, strict=True)]
-        slots = max(alive)
-        if getattr(layer, "is_sliding", False):
-            slots = min(slots, layer.sliding_window - 1)
-        assert layer.keys.shape[-2] == layer.values.shape[-2] == slots
-        assert entry.kv_bytes == layer.keys.nbytes + layer.values.nbytes
-    assert report.kv_bytes == sum(entry.kv_bytes for entry in report.layers)
 
 
 @pytest.mark.parametrize(("family", "method"), CELLS)

@@ -79,6 +79,37 @@ def refused_calls(family: str, model: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@torch.no_grad()
+def test_packed_sequences_are_refused(family: str, method: str) -> None:
+    """Stock code reads them from positions where there is neither mask nor cache; pruned, they would see each other."""
+    model, inputs = subject(family), batch_of(family, "two")
+    del inputs["attention_mask"]
+    n = inputs["input_ids"].shape[1]
+    one, two = torch.arange(n)[None], torch.arange(n)[None] % (n // 2)
+    if family in QWEN:
+        # What is given for time, height and width is not read for this.
+        one, two = (torch.cat([x[None], torch.arange(n).expand(3, 1, -1)]) for x in (one, two))
+    as_one = model(**inputs, position_ids=one, use_cache=False).logits
+    packed = model(**inputs, position_ids=two, use_cache=False).logits
+    assert float((as_one - packed).abs().max()) > 10 * TOLERANCE, "nothing would be lost"
+    with patched(family, method):
+        with pytest.raises(vtprune.UnsupportedCallError, match="attention_mask of ones"):
+            model(**inputs, position_ids=two, use_cache=False)
+        # One sequence, as the caller says or as stock code takes it.
+        right = model(**inputs, position_ids=one, use_cache=False).logits
+        ones = torch.ones_like(inputs["input_ids"])
+        assert (
+            right.shape
+            == model(**inputs, position_ids=two, use_cache=False, attention_mask=ones).logits.shape
+        )
+        torch.testing.assert_close(model(**inputs, position_ids=one, use_cache=True).logits, right)
+        assert model(**inputs, position_ids=two, use_cache=True).logits.shape == right.shape
+        if family in QWEN:
+            model(**inputs, position_ids=two[1:], use_cache=False)
+
+
 @pytest.mark.parametrize(("family", "method"), KEY_CELLS)
 @torch.no_grad()
 def test_refused_before_any_damage(family: str, method: str) -> None:

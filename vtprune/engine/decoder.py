@@ -204,6 +204,12 @@ class DecoderEngine(Bound):
                 "load the model with attn_implementation='sdpa'"
             )
         if frame is not None and frame.visual:
+            if mask is None and not ready and cache is None and self._packed(module, kwargs):
+                raise UnsupportedCallError(
+                    "position_ids with gaps or new starts, without attention_mask and with use_cache=False, pack several "
+                    "sequences into a row, which cannot be pruned. Give every sequence a row of its own; if it is one "
+                    "sequence, pass an attention_mask of ones."
+                )
             if ready and run.tokens.past:
                 raise UnsupportedCallError(
                     f"new pictures behind a cache are not supported for {type(self.base).__name__}, which makes masks "
@@ -238,6 +244,20 @@ class DecoderEngine(Bound):
         """Whether the layers will ignore a cache: transformers does so under gradient checkpointing."""
         layer: Any = self.decoder.layers[0]
         return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+    def _packed(self, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        """Whether stock code reads packed sequences from the position ids of a call without mask and cache."""
+        config: Any = module.config
+        use_cache = kwargs.get("use_cache")
+        places: Tensor | None = kwargs.get("position_ids")
+        if places is None or (config.use_cache if use_cache is None else use_cache):
+            return False
+        if self.decoder.mrope:
+            # Of four axes the first is for this; fewer are never read so.
+            if places.ndim != 3 or len(places) != 4:
+                return False
+            places = places[0]
+        return bool((places.diff() != 1).any())
 
     def _check_no_placeholders(self, frame: Frame) -> None:
         # One token per row is decoding, where reading the ids would only wait for the device.

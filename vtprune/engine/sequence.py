@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtprune import ops
 from vtprune.engine.cache import CacheState, SegmentState, physical_length
+from vtprune.errors import UnsupportedCallError
 
 
 @dataclass
@@ -149,7 +150,27 @@ class TokenSequence:
         return self.segments[-1]
 
     def set_positions(self, given: Tensor | None, mrope: bool) -> None:
-        """Remembers the caller's position ids, or makes the ones the model would have made."""
+        """Remembers the caller's position ids, or makes the ones the model would have made.
+
+        Raises:
+            UnsupportedCallError: they are not those of the new tokens, one for one.
+        """
+        # Stock generate() gives text behind a cache one axis for all three.
+        fits = given is None or (
+            given.ndim in (2, 3)
+            and given.shape[-1] == self.length
+            and given.shape[-2] in (1, self.batch)
+            and (given.ndim == 2 or (mrope and len(given) in (1, 3, 4)))
+        )
+        if not fits:
+            assert given is not None
+            axes = (
+                ", or [3 or 4, rows, columns] with an axis for time, height and width each" if mrope else ""
+            )
+            raise UnsupportedCallError(
+                f"position_ids of shape {tuple(given.shape)} do not fit {self.batch} rows of {self.length} columns. Give "
+                f"[rows, columns]{axes}; every column of the unpruned prompt has its own, padding too."
+            )
         if given is None:
             given = torch.arange(self.past, self.past + self.length, device=self.device).expand(
                 self.batch, -1

@@ -71,12 +71,21 @@ class Video:
     """A video of a prompt.
 
     Args:
-        seed: decides the pixels, together with `frames`.
+        seed: decides the pixels, together with `frames` and `shape`.
         frames: as the language model sees them (temporal patches on Qwen).
+        shape: 0 is the family's default; 1 and 2 are other sizes on Qwen, where clips of a batch may differ.
+        seconds: between two frames: `second_per_grid_ts` of Qwen2.5-VL, the time in words of Qwen3-VL; no other
+            family is told.
     """
 
     seed: int = 0
     frames: int = 2
+    shape: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.shape not in range(3):
+            raise ValueError(f"the shape of a Video is 0, 1 or 2, not {self.shape!r}")
 
 
 Prompt = Sequence["int | Image | Video"]
@@ -94,6 +103,7 @@ class TinyLVLM:
             input_ids and attention_mask are [rows, tokens].
         has_video: whether prompts may hold videos.
         variable_size: whether `Image.shape` matters.
+        ragged_videos: whether videos of a batch may have different numbers of frames.
         text_ids: half-open range of token ids that are text.
     """
 
@@ -102,6 +112,7 @@ class TinyLVLM:
     batch: Callable[..., dict[str, Tensor]]
     has_video: bool = False
     variable_size: bool = False
+    ragged_videos: bool = False
     text_ids: tuple[int, int] = TEXT_IDS
 
 
@@ -124,7 +135,7 @@ class TinyEncoder:
 def noise(item: Image | Video, *shape: int) -> Tensor:
     """Pixels of an item, [*shape], decided by the item alone."""
     # Odd multipliers keep items apart; a video and an image of one seed differ too.
-    kind, detail = (1, item.shape) if isinstance(item, Image) else (2, item.frames)
+    kind, detail = (1, item.shape) if isinstance(item, Image) else (2, item.frames + 31 * item.shape)
     generator = torch.Generator().manual_seed(item.seed * 10007 + detail * 101 + kind)
     return torch.randn(shape, generator=generator)
 

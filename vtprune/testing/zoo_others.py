@@ -287,7 +287,7 @@ def _aria_batch(prompts: Sequence[Prompt], padding: str = "left") -> dict[str, T
 
 FAMILIES = (
     TinyLVLM("idefics3", _idefics3, _idefics3_batch, variable_size=True),
-    TinyLVLM("smolvlm", _smolvlm, _smolvlm_batch, has_video=True, variable_size=True),
+    TinyLVLM("smolvlm", _smolvlm, _smolvlm_batch, has_video=True, variable_size=True, ragged_videos=True),
     TinyLVLM("gemma3", _gemma3, _gemma3_batch),
     TinyLVLM("paligemma", _paligemma, _paligemma_batch),
     TinyLVLM("mistral3", _mistral3, _mistral3_batch, variable_size=True),

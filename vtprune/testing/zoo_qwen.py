@@ -31,7 +31,7 @@ from .zoo_base import (
 
 # Merged tokens in height and width, by Image.shape; odd sides, so that windows of Qwen2.5-VL are ragged.
 QWEN_SIZES = ((3, 4), (5, 2), (2, 3))
-QWEN_VIDEO = (2, 3)
+QWEN_VIDEOS = ((2, 3), (3, 3), (4, 1))  # the same of a frame, by Video.shape
 QWEN_PATCH, QWEN_MERGE = 4, 2
 DEEPSTACK = (0, 1, 2)
 
@@ -117,6 +117,7 @@ def _qwen3_vl_moe(attention: str = "sdpa", seed: int = 0, layers: int = 5) -> nn
 def _qwen_batch(prompts: Sequence[Prompt], padding: str, style: str) -> dict[str, Tensor]:
     data: dict[str, list[Tensor]] = {"image": [], "video": []}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
+    seconds: list[float] = []
 
     def add(kind: str, item: Image | Video, frames: int, height: int, width: int) -> None:
         patches = frames * height * width * QWEN_MERGE**2
@@ -129,7 +130,8 @@ def _qwen_batch(prompts: Sequence[Prompt], padding: str, style: str) -> dict[str
         return [VISION_START, *[IMAGE_TOKEN] * (height * width), VISION_END]
 
     def video(item: Video, _: int) -> list[int]:
-        height, width = QWEN_VIDEO
+        height, width = QWEN_VIDEOS[item.shape]
+        seconds.append(item.seconds)
         add("video", item, item.frames, height, width)
         frame = [VIDEO_TOKEN] * (height * width)
         if style != "qwen3":
@@ -137,7 +139,7 @@ def _qwen_batch(prompts: Sequence[Prompt], padding: str, style: str) -> dict[str
         # Qwen3-VL puts the time in words before every frame and wraps each of them.
         row: list[int] = []
         for i in range(item.frames):
-            row += [TIME, 20 + i, VISION_START, *frame, VISION_END]
+            row += [TIME, 20 + int(i * item.seconds), VISION_START, *frame, VISION_END]
         return row
 
     batch = pad_rows(expand(prompts, image, video), padding)
@@ -148,7 +150,7 @@ def _qwen_batch(prompts: Sequence[Prompt], padding: str, style: str) -> dict[str
             batch[f"pixel_values{suffix}"] = torch.cat(data[kind])
             batch[f"{kind}_grid_thw"] = torch.tensor(grids[kind])
     if style == "qwen2_5" and data["video"]:
-        batch["second_per_grid_ts"] = torch.ones(len(data["video"]))
+        batch["second_per_grid_ts"] = torch.tensor(seconds)
     return batch
 
 
@@ -211,9 +213,13 @@ def _internvl_batch(prompts: Sequence[Prompt], padding: str = "left") -> dict[st
 
 
 FAMILIES = (
-    TinyLVLM("qwen2_vl", _qwen2_vl, _qwen2_batch, has_video=True, variable_size=True),
-    TinyLVLM("qwen2_5_vl", _qwen2_5_vl, _qwen2_5_batch, has_video=True, variable_size=True),
-    TinyLVLM("qwen3_vl", _qwen3_vl, _qwen3_batch, has_video=True, variable_size=True),
-    TinyLVLM("qwen3_vl_moe", _qwen3_vl_moe, _qwen3_batch, has_video=True, variable_size=True),
-    TinyLVLM("internvl", _internvl, _internvl_batch, has_video=True, variable_size=True),
+    TinyLVLM("qwen2_vl", _qwen2_vl, _qwen2_batch, has_video=True, variable_size=True, ragged_videos=True),
+    TinyLVLM(
+        "qwen2_5_vl", _qwen2_5_vl, _qwen2_5_batch, has_video=True, variable_size=True, ragged_videos=True
+    ),
+    TinyLVLM("qwen3_vl", _qwen3_vl, _qwen3_batch, has_video=True, variable_size=True, ragged_videos=True),
+    TinyLVLM(
+        "qwen3_vl_moe", _qwen3_vl_moe, _qwen3_batch, has_video=True, variable_size=True, ragged_videos=True
+    ),
+    TinyLVLM("internvl", _internvl, _internvl_batch, has_video=True, variable_size=True, ragged_videos=True),
 )
