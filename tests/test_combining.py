@@ -26,11 +26,14 @@ from vtprune.combining import (
     Merge,
     Outliers,
     Power,
+    Quota,
     Top,
 )
+from vtprune.layout import TokenLayout
 from vtprune.method import Scored, Signal, Site, View
 from vtprune.methods import REGISTRY, create
 from vtprune.testing.tiny import llava_inputs, tiny_llava
+from vtprune.testing.zoo import LVLMS, Image, Video
 
 CLS = Signal("cls_attention", 3)
 SCORERS = [key for key, cls in REGISTRY.items() if issubclass(cls, Scored)]
@@ -90,6 +93,35 @@ def test_budgets_by_hand(images: int, n: int, share: float, seed: int) -> None:
         for g, scores in enumerate(scores_of(view)):
             k = min(n, max(1, count(scores)))
             assert lists(chosen)[g] == sorted(best(scores, k))
+
+
+@EXAMPLES
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 9), SEEDS)
+def test_quotas_of_frames(tokens: list[int], n: int, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(tokens)).tolist()
+    layout = [TokenLayout(1, n, "video", 0, time) for time in order]
+    shown = shares_of(seed, len(tokens), 2, n)
+    view = make_view(normal(seed, len(tokens), n, 6), {CLS: shown}, n, layout)
+    chosen = vtprune.combine("fastervlm", Quota(tokens)).decide(view)
+    for g, (time, scores) in enumerate(zip(order, scores_of(view), strict=True)):
+        assert lists(chosen)[g] == sorted(best(scores, min(n, tokens[time])))
+
+
+def test_quotas_on_a_model() -> None:
+    model = LVLMS["qwen2_vl"].build()
+    inputs = LVLMS["qwen2_vl"].batch([[20, Video(1, 3), 21, 22]])
+    norms = lambda view: view.features.norm(dim=-1)
+    with vtprune.patch(model, vtprune.combine(norms, "quota:tokens=(3, 1, 2)")) as patch:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        found = [(image.layout.time, image.tokens_out) for image in patch.report().images]
+        assert found == [(0, 3), (1, 1), (2, 2)]
+    for method, prompt, said in (
+        (vtprune.combine(norms, Quota([3, 1])), [20, Video(1, 3)], "2 frames of a video, .*holds frame 2"),
+        (vtprune.combine(norms, Quota([3, 1])), [20, Image(1)], "2 frames of a video, .*holds a picture"),
+    ):
+        inputs = LVLMS["qwen2_vl"].batch([[*prompt, 21]])
+        with vtprune.patch(model, method), pytest.raises(vtprune.InvalidOptionError, match=said):
+            model(**inputs)
 
 
 def fewest(scores: list[float], share: float) -> int:
@@ -186,6 +218,8 @@ def test_what_is_said_of_it() -> None:
         (("vtc-cls", "top"), {}, "keep"),
         (("vtc-cls", "outliers"), {"keep": 4}, "not both"),
         (("divprune", "merge"), {"keep": 4}, "scorers: .*vtc-cls"),
+        (("vtc-cls", "quota:tokens=(3, 0)"), {}, "int >= 1 for every frame"),
+        (("vtc-cls", "quota:tokens=()"), {}, "int >= 1 for every frame"),
         (("vtc-cls", print), {"keep": 4}, "no part"),
         (("vtc-cls", "merge"), {"keep": 0}, "keep=0"),
     ],
@@ -199,7 +233,7 @@ def test_names_and_parts_agree() -> None:
     with pytest.raises(vtprune.UnknownMethodError, match="vtc-cls"):
         create("vtccls|merge", keep=4)
     assert set(combining.PARTS) == {
-        "desink", "power", "outliers", "above", "mass", "top", "farthest", "dpp", "draw", "drop", "merge",
+        "desink", "power", "outliers", "above", "mass", "quota", "top", "farthest", "dpp", "draw", "drop", "merge",
     }  # fmt: skip
     assert create("vtc-cls:first_layer=-1|merge:beta=0.5", keep=4).options()["scorer"]["first_layer"] == -1  # type: ignore[index]
     assert isinstance(Top(), Top)

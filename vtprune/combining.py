@@ -12,7 +12,7 @@ import ast
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -28,7 +28,7 @@ from vtprune.selecting import farthest_first, merged_into_closest, unit
 from vtprune.selection import Selection, topk
 
 Transform = Callable[[Tensor, View], Tensor]
-Budget = Callable[[Tensor], Tensor]
+Budget = Callable[[Tensor, View], Tensor]
 Selector = Callable[[Tensor, View], Tensor]
 Reducer = Callable[[Tensor, View], Selection]
 BETWEEN = "|"
@@ -67,14 +67,14 @@ class Power:
         return scores.clamp(min=0) ** self.exponent
 
 
-# ---------------------------------------------------------------------- budgets: scores [G, N] -> counts [G]
+# ---------------------------------------------------------------------- budgets: scores [G, N], view -> counts [G]
 
 
 @dataclass(frozen=True)
 class Outliers:
     """As many tokens as have a score above Q3 + 1.5 (Q3 - Q1) (PruMerge)."""
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, view: View) -> Tensor:
         return outliers(scores)
 
 
@@ -84,7 +84,7 @@ class Above:
 
     threshold: float = 0.0
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, view: View) -> Tensor:
         return (scores > self.threshold).sum(-1)
 
 
@@ -98,9 +98,36 @@ class Mass:
         if not 0 < self.share <= 1:
             raise InvalidOptionError(f"{self}: give a share in (0, 1].")
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, view: View) -> Tensor:
         mass = scores.double().sort(-1, descending=True).values.cumsum(-1)
         return (mass < self.share * mass[:, -1:]).sum(-1) + 1
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Every frame of a video has a number of its own: what a frame selector allots (QuoTA), or you do.
+
+    Attributes:
+        tokens: tokens of every frame, in the order of time, each at least 1. A frame never keeps more than it has.
+    """
+
+    tokens: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, str) or not self.tokens or any(int(n) != n or n < 1 for n in self.tokens):
+            raise InvalidOptionError(
+                f"quota: tokens={self.tokens!r}: give an int >= 1 for every frame, as in (8, 2, 5)."
+            )
+        object.__setattr__(self, "tokens", tuple(int(n) for n in self.tokens))
+
+    def __call__(self, scores: Tensor, view: View) -> Tensor:
+        wrong = [one for one in view.layout if one.modality != "video" or one.time >= len(self.tokens)]
+        if wrong:
+            what = "a picture" if wrong[0].modality != "video" else f"frame {wrong[0].time}"
+            raise InvalidOptionError(
+                f"quota: tokens are given for the {len(self.tokens)} frames of a video, and the prompt holds {what}."
+            )
+        return torch.tensor([self.tokens[one.time] for one in view.layout], device=scores.device)
 
 
 # ---------------------------------------------------------------------- selectors: scores [G, N] -> indices [G, k]
@@ -173,7 +200,7 @@ class Merge:
 Part = Transform | Budget | Selector | Reducer
 KINDS: Mapping[str, tuple[type, ...]] = {
     "transform": (Desink, Power),
-    "budget": (Outliers, Above, Mass),
+    "budget": (Outliers, Above, Mass, Quota),
     "selector": (Top, Farthest, Dpp, Draw),
     "reducer": (Drop, Merge),
 }
@@ -188,7 +215,7 @@ class Combined(Method):
         keep: tokens per image, int or ratio; not read where there is a `budget`.
         scorer: its site, signals and scores are used, its own decision is not.
         transforms: (scores [G, N], view) -> scores, one after the other.
-        budget: scores [G, N] -> how many tokens stay of each image [G]; None for `keep`.
+        budget: (scores [G, N], view) -> how many tokens stay of each image [G]; None for `keep`.
         selector: (scores [G, N], view) -> indices [G, view.k] of survivors.
         reducer: (survivors [G, view.k], view) -> Selection.
         at: where it acts, if not where the scorer does.
@@ -237,7 +264,7 @@ class Combined(Method):
     def decide(self, view: View) -> Selection:
         if self.budget is None:
             return self._choose(view)
-        counts = self.budget(self.scores(view)).clamp(1, view.n).tolist()
+        counts = self.budget(self.scores(view), view).clamp(1, view.n).tolist()
         return by_count(view, counts, self._choose)
 
     def _choose(self, view: View) -> Selection:
