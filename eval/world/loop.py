@@ -116,7 +116,7 @@ def _optimizers(modules: nn.Module, settings: Settings) -> list[torch.optim.Opti
     for name, parameter in modules.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".layers." in name and parameter.ndim == 2:
+        if parameter.ndim == 2 and any(part in name for part in (".layers.", ".blocks.", ".merger.")):
             matrices.append(parameter)
         elif parameter.ndim < 2:
             vectors.append(parameter)
