@@ -34,17 +34,22 @@ from .settings import CONTROLS, DEFAULT_METHODS, EVERY, Setting, parse_method, p
 from .show import open_picture, show
 from .tables import accuracy_table, comparison_table, cost_table
 from .training import command as training
+from .video import command as video_suite
 from .world import KINDS, SPLITS, Example, examples, reference_dir
+from .world import video as video_world
 
 MAIN_SPLIT, SIDE_SPLIT = "test", "unseen_style"
 OWN = "vtprune"
 LIMIT = 90
 SIDE_SHARE = 3  # the side split asks a third of the questions
+PICTURES, VIDEO = "pictures", "video"
 
 EXAMPLES = """\
 examples:
   vtprune eval                                   every method on the shipped reference model, a few minutes
   vtprune eval --method vtc-cls --keep 32        one method, one budget
+  vtprune eval --suite video                     frame selectors and token methods on clips, a few minutes
+  vtprune eval --suite video --select keyscore --select quota --frames 12 --limit 50
   vtprune eval --model llava-hf/llava-1.5-7b-hf --device cuda --keep 192 --keep 64
   vtprune show cat.png "what is in the picture?" --method vtc-cls --keep 16 --output kept.png
   vtprune search --method vtc-cls --keep 32 --range first_layer=0.0:0.9 --output found.json
@@ -114,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help="checkpoint folder or hub id (default: the shipped reference LLaVA)")
+    model.add_argument("--model", help="checkpoint folder or hub id (default: a shipped reference model)")
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     model.add_argument(
         "--dtype",
@@ -130,7 +135,26 @@ def _parser() -> argparse.ArgumentParser:
         parents=[model],
         help="compare methods by accuracy, tokens, FLOPs and time",
         description="Asks a model questions about held-out synthetic pictures, once for every method and budget, and "
-        "writes results.jsonl, predictions.jsonl and report.html.",
+        "writes results.jsonl, predictions.jsonl and report.html. With --suite video the questions are about clips, and "
+        "frames are chosen before tokens; it writes table.md instead of the report.",
+    )
+    one.add_argument(
+        "--suite", choices=(PICTURES, VIDEO), default=PICTURES, help=f"what is shown (default {PICTURES})"
+    )
+    one.add_argument(
+        "--select",
+        action="append",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="suite video: frame selector, or 'all' for every candidate frame; repeatable. Besides its own options: "
+        "captions=True gives it the clip's caption, relevance=chat or relevance=embedder says whom quota "
+        "asks. Default: all",
+    )
+    one.add_argument(
+        "--frames",
+        action="append",
+        type=_keep,
+        metavar="N",
+        help="suite video: frames to keep, int = number, float = share of the candidates; repeatable; default: 0.1, 0.05",
     )
     one.add_argument(
         "--method",
@@ -146,17 +170,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="budget: int = tokens per picture, float = ratio; repeatable; default: 1/3, 2/9 and 1/9 of the tokens",
     )
-    one.add_argument("--task", action="append", choices=KINDS, help="question kind; repeatable; default: all")
+    one.add_argument(
+        "--task",
+        action="append",
+        choices=list(dict.fromkeys((*KINDS, *video_world.KINDS))),
+        help="question kind of the suite; repeatable; default: all",
+    )
     one.add_argument(
         "--split",
         action="append",
-        choices=SPLITS,
-        help=f"part of the picture world; repeatable; default: {MAIN_SPLIT}, and {SIDE_SPLIT} with a third of the "
+        choices=list(dict.fromkeys((*SPLITS, *video_world.SPLITS))),
+        help=f"part of the world; repeatable; default: {MAIN_SPLIT}, and for pictures {SIDE_SPLIT} with a third of the "
         "questions",
     )
-    one.add_argument("--limit", type=int, default=LIMIT, help=f"questions per kind (default {LIMIT})")
+    one.add_argument(
+        "--limit", type=int, help=f"questions per kind (default {LIMIT}; suite video: {video_suite.LIMIT})"
+    )
     one.add_argument("--seed", type=int, default=0, help="which held-out scenes, 0 to 1000 (default 0)")
-    one.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"default {BATCH_SIZE}")
+    one.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"default {BATCH_SIZE}; suite video: {video_suite.BATCH_SIZE}, fewer where a question has many frames",
+    )
     one.add_argument(
         "--output",
         type=Path,
@@ -172,9 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--jobs",
         type=int,
-        default=1,
-        help="settings that are asked at the same time, in processes that share the threads (default 1); on small models "
-        "as many as there are cores; costs are always measured alone",
+        help="processes that ask at the same time and share the threads (default 1; suite video: one per core, at most "
+        f"{video_suite.MOST_JOBS}); costs are always measured alone",
     )
     one.add_argument(
         "--compare",
@@ -230,7 +264,6 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         ),
         _keep,
-        _load,
     )
     benchmark.add_arguments(
         commands.add_parser(
@@ -298,10 +331,22 @@ class _Terminal(Observer):
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    if arguments.limit < 1 or arguments.batch_size < 1 or arguments.jobs < 1:
+    numbers = (arguments.limit, arguments.batch_size, arguments.jobs)
+    if any(number is not None and number < 1 for number in numbers):
         raise EvaluationError("--limit, --batch-size and --jobs must be at least 1.")
     if arguments.resume and arguments.overwrite:
         raise EvaluationError("--resume keeps what --overwrite deletes; give one of them.")
+    if arguments.suite == VIDEO:
+        if arguments.compare is not None:
+            raise EvaluationError(
+                "--compare is of the picture suite; the video suite compares every selector with uniform by itself."
+            )
+        return video_suite.run(arguments, _load, _console(), _console(stderr=True))
+    if arguments.select or arguments.frames:
+        raise EvaluationError("--select and --frames are of the video suite; add --suite video.")
+    arguments.limit = LIMIT if arguments.limit is None else arguments.limit
+    arguments.batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
+    arguments.jobs = 1 if arguments.jobs is None else arguments.jobs
     for method in arguments.method or ():
         if method != EVERY:
             parse_method(method)
@@ -415,6 +460,12 @@ def _busy() -> str:
 def _questions(arguments: argparse.Namespace) -> list[Example]:
     wanted = arguments.split or [MAIN_SPLIT, SIDE_SPLIT]
     kinds = arguments.task or KINDS
+    for given, known, option in ((kinds, KINDS, "--task"), (wanted, SPLITS, "--split")):
+        for one in given:
+            if one not in known:
+                raise EvaluationError(
+                    f"{option} {one} is not of the picture suite; it has {', '.join(known)}."
+                )
     out = []
     for split in dict.fromkeys(wanted):
         limit = arguments.limit

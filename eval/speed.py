@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
+from vtprune.patch import Patch
 from vtprune.report import Report
 
 from .accuracy import adapt
@@ -25,6 +27,16 @@ from .shrink import Inputs
 
 ROUNDS = 5
 DECODE_TOKENS = 17
+
+
+class Applicable(Protocol):
+    """A way to run a model, such as :class:`~vtprune.eval.settings.Setting`; hashable."""
+
+    def applied(self, model: nn.Module, run: int = 0) -> AbstractContextManager[Patch | None]:
+        """Runs the model this way inside the context; gives the patch where there is one."""
+
+
+S = TypeVar("S", bound=Applicable)
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,11 @@ class Cost:
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    inputs: Inputs,
-    settings: Sequence[Setting],
+    inputs: Inputs | Callable[[S], Inputs],
+    settings: Sequence[S],
     rounds: int = ROUNDS,
-    on_step: Callable[[Setting], None] = lambda setting: None,
-) -> tuple[dict[Setting, Cost], dict[Setting, str]]:
+    on_step: Callable[[S], None] = lambda setting: None,
+) -> tuple[dict[S, Cost], dict[S, str]]:
     """Costs of all settings on the same question.
 
     Settings take turns within each round, so that a slower minute of the machine slows all of them. Every timing
@@ -71,7 +83,7 @@ def measure(
 
     Args:
         model: an unpatched model.
-        inputs: one row.
+        inputs: one row, or what gives a setting its row where that is not the same for all.
         settings: what to measure; the first draw stands for several.
         rounds: timings per setting, of which the median is reported.
         on_step: told of every finished piece of work, ``len(settings) * (1 + rounds)`` in all.
@@ -79,8 +91,8 @@ def measure(
     Returns:
         Costs, and for settings that cannot run on this model the reason.
     """
-    counted: dict[Setting, tuple[Report, int, float]] = {}
-    skipped: dict[Setting, str] = {}
+    counted: dict[S, tuple[Report, int, float]] = {}
+    skipped: dict[S, str] = {}
     for setting in settings:
         try:
             counted[setting] = _count(model, inputs, setting)
@@ -88,13 +100,13 @@ def measure(
             prefix = "" if isinstance(error, vtprune.VTPruneError) else f"{type(error).__name__}: "
             skipped[setting] = prefix + str(error)
         on_step(setting)
-    first: dict[Setting, list[float]] = {setting: [] for setting in counted}
-    rest: dict[Setting, list[float]] = {setting: [] for setting in counted}
+    first: dict[S, list[float]] = {setting: [] for setting in counted}
+    rest: dict[S, list[float]] = {setting: [] for setting in counted}
     for _ in range(rounds):
         for setting in settings:
             if setting in counted:
                 with setting.applied(model):
-                    x = adapt(model, setting, inputs)
+                    x = _given(model, inputs, setting)
                     _timed(model, x, 1)
                     first[setting].append(_timed(model, x, 1))
                     rest[setting].append(_timed(model, x, DECODE_TOKENS))
@@ -133,10 +145,15 @@ def uncounted() -> dict[Any, Any]:
     return dict.fromkeys(kernels, formula)
 
 
-def _count(model: nn.Module, inputs: Inputs, setting: Setting) -> tuple[Report, int, float]:
+def _given(model: nn.Module, inputs: Inputs | Callable[[S], Inputs], setting: S) -> Inputs:
+    own = inputs(setting) if callable(inputs) else inputs
+    return adapt(model, setting, own) if isinstance(setting, Setting) else own
+
+
+def _count(model: nn.Module, inputs: Inputs | Callable[[S], Inputs], setting: S) -> tuple[Report, int, float]:
     """Report, FLOPs and peak MiB of a prefill."""
     with setting.applied(model) as patch:
-        x = adapt(model, setting, inputs)
+        x = _given(model, inputs, setting)
         generate(model, x, 1)
         report = patch.report() if patch is not None else None
         flops = FlopCounterMode(display=False, custom_mapping=uncounted())

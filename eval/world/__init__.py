@@ -101,15 +101,17 @@ def reference_dir(name: str = "llava") -> Path:
     """Folder of a shipped checkpoint, for ``from_pretrained``.
 
     Args:
-        name: ``"llava"`` or ``"clip"``.
+        name: ``"llava"``, ``"clip"`` or ``"qwen2-vl"`` (for video).
 
     Raises:
         FileNotFoundError: if the package holds no checkpoint of this name.
     """
-    folder = Path(__file__).resolve().parent.parent / "reference" / name
+    shelf = Path(__file__).resolve().parent.parent / "reference"
+    folder = shelf / name
     if not (folder / "config.json").is_file():
+        shipped = sorted(path.parent.name for path in shelf.glob("*/config.json"))
         raise FileNotFoundError(
-            f"no reference checkpoint {name!r} in {folder.parent}; shipped are 'llava' and 'clip'"
+            f"no reference checkpoint {name!r} in {shelf}; shipped are {', '.join(map(repr, shipped))}"
         )
     return folder
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from vtprune.errors import InvalidOptionError
-from vtprune.video.clip import Clip, ClipError, FrameSelection, FrameSelector, best
+from vtprune.video.clip import Clip, ClipError, FrameSelection, FrameSelector, best, spread
 from vtprune.video.embedding import Array
 from vtprune.video.relevance import Relevance, relevance_of
 
@@ -23,9 +23,9 @@ class Quota(FrameSelector):
 
     Source: QuoTA (MAC-AutoML/QuoTA ec194d7, arXiv 2503.08689): p, w and frames="all", with 196 tokens for each of
     64 ordinary frames. It resamples the tokens of a frame to n_t; this only says n_t (`FrameSelection.tokens`). Ours:
-    frames="top", so that methods can be compared at k frames; even shares where all p are 0; the substitute for the
-    vision-language model where no `relevance` is given, which the selection's notes declare. With `cap`, the excess is
-    shared out again by w until nobody has more; that it is repeated is inferred.
+    frames="top", so that methods can be compared at k frames; evenly spaced frames where all p are equal, and even shares
+    where all are 0; the substitute for the vision-language model where no `relevance` is given, which the selection's notes
+    declare. With `cap`, the excess is shared out again by w until nobody has more; that it is repeated is inferred.
 
     Attributes:
         relevance: (frames, question) -> p [N] in [0, 1], such as :class:`vtprune.video.relevance.ChatRelevance`.
@@ -52,7 +52,7 @@ class Quota(FrameSelector):
         k = k or clip.n
         budget, w = k * self.per_frame, (100 * p) ** 2
         if self.frames == "top":
-            kept = np.sort(best(p, k))
+            kept = np.sort(best(p, k)) if p.max() > p.min() else spread(clip.n, k)
             cap = None if self.cap is None else self.cap - 1
             return FrameSelection(kept, p, 1 + shared(budget - k, w[kept], cap), notes)
         tokens = shared(budget, w, self.cap)
