@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,33 +18,109 @@ from torch import nn
 
 import vtprune
 from vtprune.combining import split_options
-from vtprune.video.answering import Answer, Answerer, Protocol, answer_videos, find_videos
+from vtprune.video.answering import Answer, Answerer, AnswererSource, Protocol, answer_videos, find_videos
 from vtprune.video.embedding import CLIPEmbedder
 from vtprune.video.selection import create_selector
 
-from .prompts import EvaluationError, Prompter, generate
+from .prompts import EvaluationError, Prompter, generate, load_model
 from .settings import parse_method
+from .world import reference_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtprune.video.reading import Frame
 
+TICKS = 1000  # per second, of the times that a processor is told
 TITLE = "answer a question about every video of a folder"
+SHOWN = ("auto", "video", "pictures")
 DESCRIPTION = """\
-Chooses frames of every video, shows them to a model as pictures in the order of time, and writes one line per video: the
-answer, the frames' times, the visual tokens before and after pruning, and how long it took. Files that cannot be read are
-recorded and passed over. Stopped in the middle, the same command goes on where it was.
+Chooses frames of every video, shows them to a model in the order of time, and writes one line of JSON per video: the
+answer, the frames' times in seconds, the visual tokens before and after pruning, the seconds that each step took.
+
+Per video: CANDIDATES small frames, evenly spaced, are read; --select chooses FRAMES of them; these are read again in full size and
+shown with the question; --method prunes their tokens inside the model.
+
+A file that cannot be read gets a line with its error, and the run goes on. Stopped or killed in the middle, the same command
+goes on where it was: nothing is lost but what was being answered, and nothing is answered twice. An output of another question,
+model or setting is refused.
 """
 EPILOG = """\
+at scale:
+  --workers N answers N videos at a time on Ray Data (pip install 'vtprune[ray]'), each worker with a model of its own, on this
+  machine or with --address on a running cluster, where the paths have to mean the same files on every machine. The output is that of
+  one process, line by line, but for the seconds. A worker that dies gets its video once more, and if it dies again, that
+  video's line says so.
+
+fields of a line:
+  video question answer times tokens_in tokens_out error notes seconds run
+  notes: damage of the file that could be read over, and substitutes of the selector; run: a digest of all settings
+
 examples:
   vtprune video-qa clips/ --question "what happens ?" --model llava-hf/llava-onevision-qwen2-7b-ov-hf --output answers.jsonl
   vtprune video-qa a.mp4 b.mp4 --question "is there a dog ?" --select keyscore --frames 4 --method vtprune --keep 32
+  vtprune video-qa clips/ --question "what happens ?" --model DIR --device cuda --workers 8 --address ray-head:6379
 """
 
 
+@dataclass(frozen=True)
+class ModelSource(AnswererSource):
+    """Loads a checkpoint as :class:`ModelAnswerer`, here or in workers.
+
+    Attributes:
+        path: folder or hub id; None: the shipped reference model for video.
+        method: what to prune with; None removes nothing.
+        device, dtype: as :func:`~vtprune.eval.prompts.load_model` takes them.
+        threads: CPU threads of one model; None: what torch chooses, in workers an equal share.
+        new_tokens, show: see :class:`ModelAnswerer`.
+    """
+
+    path: str | None = None
+    method: vtprune.Method | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None
+    new_tokens: int = 32
+    show: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """Of the model, for the record."""
+        return self.path or "vtprune reference Qwen2-VL"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the answers."""
+        return _about(self.name, self.method, self.new_tokens, self.show)
+
+    @property
+    def gpus(self) -> int:
+        """1 on CUDA."""
+        return int(self.device.startswith("cuda"))
+
+    @property
+    def cpus(self) -> int | None:
+        """`threads`."""
+        return self.threads
+
+    def open(self, threads: int | None) -> ModelAnswerer:
+        """Loads and patches the model.
+
+        Raises:
+            VTPruneError: it cannot be loaded, or not be patched so.
+        """
+        from transformers.utils import logging
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        model, processor = load_model(self.path or str(reference_dir("qwen2-vl")), self.device, self.dtype)
+        return ModelAnswerer(model, processor, self.method, self.name, self.new_tokens, self.show)
+
+
 class ModelAnswerer(Answerer):
-    """An image-text-to-text model of transformers that is shown frames as pictures; patched until :meth:`close`.
+    """An image-text-to-text model of transformers that is shown frames; patched until :meth:`close`.
 
     Args:
         model: unpatched, in evaluation mode.
@@ -49,37 +128,40 @@ class ModelAnswerer(Answerer):
         method: what to prune with; None removes nothing.
         name: of the model, for the record.
         new_tokens: the most tokens of an answer.
+        show: "video": the frames are one video, with their times where the processor takes them; "pictures": one
+            picture each, in the order of time; "auto": as a video where the model, its processor and chat template take one.
+
+    Attributes:
+        as_video: whether frames are shown as a video.
 
     Raises:
         VTPruneError: the model cannot be patched so.
+        EvaluationError: `show` is "video" and the model takes none.
     """
 
     def __init__(
-        self, model: nn.Module, processor: Any, method: vtprune.Method | None, name: str, new_tokens: int = 32
+        self,
+        model: nn.Module,
+        processor: Any,
+        method: vtprune.Method | None,
+        name: str,
+        new_tokens: int = 32,
+        show: str = "auto",
     ) -> None:
+        if show not in SHOWN:
+            raise EvaluationError(f"show={show!r}: choose one of {', '.join(SHOWN)}.")
         self._prompter = Prompter(model, processor)
         self._model, self._processor, self._new_tokens = model, processor, new_tokens
-        chosen = vtprune.methods.create("keep-all") if method is None else method
-        self._patch = vtprune.patch(model, chosen)
-        self.about = {
-            "model": name,
-            "method": chosen.key,
-            "options": {key: str(value) for key, value in chosen.options().items()},
-            "new_tokens": new_tokens,
-        }
+        obstacle = _no_video(model, processor)
+        if show == "video" and obstacle is not None:
+            raise EvaluationError(f"frames cannot be shown as a video: {obstacle}; show them as pictures.")
+        self.as_video = show != "pictures" and obstacle is None
+        self._patch = vtprune.patch(model, _dense() if method is None else method)
+        self.about = _about(name, method, new_tokens, show)
 
     def answer(self, frames: Sequence[Frame], question: str) -> Answer:
-        pictures = [self._prompter.fit(Image.fromarray(frame.image)) for frame in frames]
-        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": question}]
-        text = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        batch = self._processor(text=[text], images=pictures, return_tensors="pt")
         prompter = self._prompter
-        inputs = {
-            key: value.to(prompter.device, prompter.dtype if value.is_floating_point() else None)
-            for key, value in batch.items()
-        }
+        inputs = prepared(self.inputs(frames, question), prompter.device, prompter.dtype)
         with torch.no_grad():
             output = generate(self._model, inputs, self._new_tokens)
         report = self._patch.report()
@@ -87,22 +169,96 @@ class ModelAnswerer(Answerer):
             prompter.texts(inputs, output)[0], sum(report.visual_tokens_in), sum(report.visual_tokens_out)
         )
 
+    def inputs(self, frames: Sequence[Frame], question: str) -> Mapping[str, Any]:
+        """What the processor makes of the prompt: one row, on the CPU."""
+        pictures = [self._prompter.fit(Image.fromarray(frame.image)) for frame in frames]
+        kinds = ["video"] if self.as_video else ["image"] * len(pictures)
+        text = _rendered(self._processor, kinds, question)
+        if not self.as_video:
+            given: Mapping[str, Any] = self._processor(text=[text], images=pictures, return_tensors="pt")
+            return given
+        given = self._processor(
+            text=[text],
+            videos=[np.stack([np.asarray(picture) for picture in pictures])],
+            video_metadata=[metadata([frame.time for frame in frames])],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        return given
+
     def close(self) -> None:
         """Gives the model back as it was."""
         self._patch.remove()
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    keep: Callable[[str], int | float],
-    load: Callable[[argparse.Namespace], tuple[nn.Module, Any, str]],
-) -> None:
-    """Adds the arguments of the command.
+def metadata(times: Sequence[float]) -> dict[str, Any]:
+    """Metadata of transformers for frames that were chosen, at ascending `times` in seconds.
 
-    Args:
-        keep: reads a budget.
-        load: model, processor and name from the arguments.
+    In ticks of a millisecond, so that a frame's number / fps is its own time (Qwen3-VL writes it into the prompt), and the
+    rate of what is shown is that of the mean distance between its frames (from which Qwen2.5-VL takes the seconds per
+    grid: it has one number for all, so times that are not evenly spaced are even to it, and to Qwen2-VL, which gets none).
     """
+    distance = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    span = len(times) * (distance or 1.0)  # one frame, or one shown again and again: a second each
+    return {
+        "fps": float(TICKS),
+        "frames_indices": [round(time * TICKS) for time in times],
+        "total_num_frames": max(1, round(span * TICKS)),
+        "duration": span,
+    }
+
+
+def prepared(given: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on the device, pixels in the model's dtype."""
+    moved = {}
+    for key, value in given.items():
+        pixels = key.startswith("pixel_values")
+        moved[key] = value.to(device, dtype if pixels else None) if torch.is_tensor(value) else value
+    return moved
+
+
+def _no_video(model: nn.Module, processor: Any) -> str | None:
+    """Why the model cannot be shown a video; None if it can."""
+    config: Any = model.config
+    if getattr(processor, "video_processor", None) is None:
+        return f"{type(processor).__name__} takes no videos"
+    if getattr(config, "video_token_id", None) is None and getattr(config, "video_token_index", None) is None:
+        return f"{type(model).__name__} has no video token"
+    token = getattr(processor, "video_token", None)
+    try:
+        text = _rendered(processor, ["video"], "?")
+    except (TypeError, ValueError, TemplateError) as error:
+        return f"the chat template refuses a video ({error})"
+    if not isinstance(token, str) or text.count(token) != 1:
+        return "the chat template leaves videos out"
+    return None
+
+
+def _rendered(processor: Any, kinds: Sequence[str], question: str) -> str:
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    return text
+
+
+def _dense() -> vtprune.Method:
+    return vtprune.methods.create("keep-all")
+
+
+def _about(name: str, method: vtprune.Method | None, new_tokens: int, show: str) -> dict[str, Any]:
+    chosen = _dense() if method is None else method
+    return {
+        "model": name,
+        "method": chosen.key,
+        "options": {key: str(value) for key, value in chosen.options().items()},
+        "new_tokens": new_tokens,
+        "show": show,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser, keep: Callable[[str], int | float]) -> None:
+    """Adds the arguments of the command; `keep` reads a budget."""
     parser.add_argument(
         "videos", nargs="+", type=Path, metavar="PATH", help="video files, or folders of them"
     )
@@ -122,6 +278,14 @@ def add_arguments(
     )
     parser.add_argument("--keep", type=keep, help="tokens per frame, or a ratio; for --method")
     parser.add_argument(
+        "--as",
+        dest="show",
+        choices=SHOWN,
+        default="auto",
+        help="how the model gets the frames: as one video with their times, as pictures in the order of time, or as a video "
+        "where the model takes one (default auto)",
+    )
+    parser.add_argument(
         "--new-tokens", type=int, default=32, help="the most tokens of an answer (default 32)"
     )
     parser.add_argument(
@@ -130,12 +294,20 @@ def add_arguments(
         default=Path("answers.jsonl"),
         help="JSON lines to write, or to go on with (default answers.jsonl)",
     )
-    parser.set_defaults(run=lambda arguments: run(arguments, load))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes of Ray Data with a model each; --threads is then per worker (default: this process)",
+    )
+    parser.add_argument(
+        "--address",
+        help="running Ray cluster for the workers, such as HOST:PORT or auto (default: Ray is started here)",
+    )
+    parser.set_defaults(run=run)
 
 
-def run(
-    arguments: argparse.Namespace, load: Callable[[argparse.Namespace], tuple[nn.Module, Any, str]]
-) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     name, options = split_options(arguments.select)
     protocol = Protocol(
@@ -150,23 +322,42 @@ def run(
         raise EvaluationError("--keep is a budget of a --method; give both.")
     if arguments.new_tokens < 1:
         raise EvaluationError(f"--new-tokens {arguments.new_tokens}: give 1 or more.")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise EvaluationError(f"--threads {arguments.threads} is no number of threads; give 1 or more.")
+    if arguments.workers is not None and ":" in arguments.device:
+        raise EvaluationError(
+            f"--device {arguments.device}: every worker gets a GPU of its own from Ray; use --device cuda."
+        )
     videos = find_videos(arguments.videos)
-    model, processor, title = load(arguments)
-    answerer = ModelAnswerer(model, processor, method, title, arguments.new_tokens)
+    source = ModelSource(
+        arguments.model,
+        method,
+        arguments.device,
+        arguments.dtype,
+        arguments.threads,
+        arguments.new_tokens,
+        arguments.show,
+    )
     console, errors, new = Console(width=140), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("videos", total=len(videos))
-            for result in answer_videos(videos, protocol, answerer, arguments.output, CLIPEmbedder()):
-                new += 1
-                errors += result.error is not None
-                said = result.error or result.answer
-                progress.console.print(f"{result.video}: {said}", markup=False, highlight=False)
-                progress.update(task, advance=1)
-            progress.update(task, completed=len(videos))
-    finally:
-        answerer.close()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("videos", total=len(videos))
+        results = answer_videos(
+            videos,
+            protocol,
+            source,
+            arguments.output,
+            CLIPEmbedder(),
+            workers=arguments.workers,
+            address=arguments.address,
+        )
+        for result in results:
+            new += 1
+            errors += result.error is not None
+            said = result.error or result.answer
+            progress.console.print(f"{result.video}: {said}", markup=False, highlight=False)
+            progress.update(task, advance=1)
+        progress.update(task, completed=len(videos))
     console.print(
         f"{len(videos)} videos: {new} answered now, {errors} of them with an error, {len(videos) - new} before; "
         f"answers in {arguments.output}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,32 @@ class Answerer(ABC):
     def answer(self, frames: Sequence[Frame], question: str) -> Answer:
         """Answers a question about frames in the order of time."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Gives back what it holds."""
+
+
+class AnswererSource(ABC):
+    """How to make an :class:`Answerer` where it is needed: here, or in every worker, to which it travels by pickle."""
+
+    @property
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """That of the answerer."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one answerer takes."""
+        return 0
+
+    @property
+    def cpus(self) -> int | None:
+        """CPU threads that one answerer takes; None: all there are, in workers an equal share."""
+        return None
+
+    @abstractmethod
+    def open(self, threads: int | None) -> Answerer:
+        """Loads the model; it may use so many CPU threads, None: what torch chooses."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -77,6 +104,9 @@ class Protocol:
         candidates: frames to choose from, evenly spaced over the video.
         max_side: pixels of the longer side of frames as the model gets them; None for the video's own.
         timeout: seconds without any frame after which a file is given up.
+        backend: decoder of the files, see `read_frames`. Under "auto" a decoder that gives nothing for its share of the
+            timeout is replaced by the next; then the notes say so, as pixels and answers may differ by a little from
+            those of a faster machine. A named one never is.
     """
 
     question: str
@@ -85,6 +115,7 @@ class Protocol:
     candidates: int = 64
     max_side: int | None = 1024
     timeout: float = 20.0
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -161,8 +192,9 @@ def answer_one(
         result.seconds[name] = round(now - clock, 4)
         clock = now
 
+    reading: Any = {"timeout": protocol.timeout, "backend": protocol.backend}
     try:
-        reader = read_frames(video, count=protocol.candidates, max_side=SMALL, timeout=protocol.timeout)
+        reader = read_frames(video, count=protocol.candidates, max_side=SMALL, **reading)
         small, info = read_all(reader), reader.info
         lap("read")
         clip = Clip(
@@ -175,9 +207,11 @@ def answer_one(
         selection = protocol.selector.select(clip, protocol.keep)
         lap("select")
         times = clip.times[selection.indices].tolist()
-        frames = read_all(read_frames(video, times, max_side=protocol.max_side, timeout=protocol.timeout))
+        chosen = read_frames(video, times, max_side=protocol.max_side, **reading)
+        frames = read_all(chosen)
         lap("read_chosen")
-        result.notes = list(dict.fromkeys([*reader.damage, *selection.notes]))
+        found = [*reader.given_up, *chosen.given_up, *reader.damage, *selection.notes]
+        result.notes = list(dict.fromkeys(found))
         answer = answerer.answer(frames, protocol.question)
         lap("answer")
     except (VTPruneError, RuntimeError, ValueError, OSError, MemoryError) as error:
@@ -195,7 +229,7 @@ def read_all(reader: FrameReader) -> list[Frame]:
         return list(reader)
 
 
-def digest(protocol: Protocol, answerer: Answerer) -> str:
+def digest(protocol: Protocol, answerer: Answerer | AnswererSource) -> str:
     """16 hexadecimal digits of everything that decides an answer but the video."""
     text = json.dumps([protocol.about, answerer.about], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -235,35 +269,76 @@ def answered(output: Path, run: str) -> set[str]:
 def answer_videos(
     paths: Sequence[str | os.PathLike[str]],
     protocol: Protocol,
-    answerer: Answerer,
+    answerer: Answerer | AnswererSource,
     output: str | os.PathLike[str],
     embedder: Embedder | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Iterator[Result]:
     """Answers the question for every video that `output` does not hold yet, in order, and appends a line for each.
 
-    Every line is on the disk before the next video is begun: after a crash or a kill the same call goes on, nothing lost and
-    nothing twice, and apart from `seconds` the file is that of an undisturbed run.
+    Every line is on the disk before the next result is waited for: after a crash or a kill the same call goes on, nothing lost
+    but what was being answered and nothing twice, and apart from `seconds` the file is that of an undisturbed run,
+    whatever the number of workers.
 
     Args:
         paths: files and folders, see :func:`find_videos`.
+        answerer: the model, or where it comes from; a source's answerer is closed at the end.
         output: JSON lines of :class:`Result`; made if it is not there.
         embedder: for selectors that read embeddings.
         on_result: told of every new result.
+        workers: None: one video after the other in this process. Else so many processes of Ray Data with a model each, see
+            :mod:`vtprune.video.distributed`; then `answerer` has to be a source.
+        address: of a running Ray cluster, as `ray.init` takes it; None: Ray is started on this machine and shut down.
 
     Raises:
-        InvalidOptionError: no video, or `output` is of another run. Errors of single videos are results.
+        InvalidOptionError: no video, an argument does not fit the others, or `output` is of another run.
+        MissingRayError: Ray is asked for and not installed.
+        WorkerError: a worker cannot load the model, or met what is no fault of a video.
+
+    Errors of single videos are results.
     """
+    if workers is None and address is not None:
+        raise InvalidOptionError("address is a cluster's, and no workers are asked for; give workers=N.")
+    if workers is not None and (isinstance(workers, bool) or workers < 1):
+        raise InvalidOptionError(f"workers={workers!r}: give an int >= 1, or None to use this process.")
+    if workers is not None and isinstance(answerer, Answerer):
+        raise InvalidOptionError(
+            f"{type(answerer).__name__} is one model in this process; workers make their own: give an AnswererSource."
+        )
     videos, file = find_videos(paths), Path(output)
     done = answered(file, digest(protocol, answerer))
+    todo = [video for video in videos if str(video) not in done]
+    if not todo:
+        return
+    if workers is not None and isinstance(answerer, AnswererSource):
+        from vtprune.video.distributed import answer_with_ray
+
+        results = answer_with_ray(todo, protocol, answerer, workers, address, embedder)
+    else:
+        results = _answer_here(todo, protocol, answerer, embedder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    for video in videos:
-        if str(video) in done:
-            continue
-        result = answer_one(video, protocol, answerer, embedder)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-        on_result(result)
-        yield result
+    with contextlib.closing(results):
+        for result in results:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+            on_result(result)
+            yield result
+
+
+def _answer_here(
+    videos: Sequence[Path],
+    protocol: Protocol,
+    answerer: Answerer | AnswererSource,
+    embedder: Embedder | None,
+) -> Generator[Result, None, None]:
+    if isinstance(answerer, Answerer):
+        for video in videos:
+            yield answer_one(video, protocol, answerer, embedder)
+        return
+    with contextlib.closing(answerer.open(answerer.cpus)) as opened:
+        for video in videos:
+            yield answer_one(video, protocol, opened, embedder)

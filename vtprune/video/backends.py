@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -36,6 +38,15 @@ TOLERANCE = 0.00051  # seconds
 HEAD_PACKETS = 300  # that a constant frame rate is judged by
 TAIL_PACKETS = 3000  # of the last group of pictures, that the end is judged by
 SEEK_BEYOND = 2.0  # seconds that are decoded rather than skipped by a seek, until a seek landed further back
+TRANSPORTS = (
+    (188, 0),
+    (192, 4),
+    (204, 0),
+)  # bytes of a packet of a transport stream, where its first byte is
+SYNC_PACKETS = 2000
+LOG_BYTES = 1 << 20
+# Of the bits of a picture. Missing references are told of after every seek in an open group of pictures, too.
+COMPLAINT = re.compile(r"\[\w+ @ 0x\w+\] (.*(?:error while decoding MB|Error at MB|damaged at).*)")
 DECORD_SECONDS = 2048  # its float32 timestamps are within 0.06 ms until there
 
 
@@ -136,6 +147,8 @@ class Decoder(ABC):
 
     def report(self) -> list[str]:
         """`damage` at the end of reading."""
+        if lines := complaints():
+            self.damage.append(f"the decoder complained {len(lines)} times (the first: {lines[0]})")
         return self.damage
 
     def read(self) -> Iterator[tuple[float, Image]]:
@@ -256,6 +269,7 @@ class PyAV(Decoder):
         self._origin: int | None = self._stream.start_time
         self._errors = 0
         self._corrupt = 0
+        self._lost = 0
         self._why = ""
         self._reach = SEEK_BEYOND
         self._stopped = False
@@ -328,6 +342,8 @@ class PyAV(Decoder):
                 self._failed(error)
                 packet = None  # decoding of what is left in the decoder
             self.beat()
+            # The demuxer met a gap, such as missing packets of a transport stream: whole frames may be gone unseen.
+            self._lost += packet is not None and packet.is_corrupt
             try:
                 yield from self._stream.codec_context.decode(packet)
             except self._av.error.EOFError:
@@ -422,7 +438,16 @@ class PyAV(Decoder):
             self.damage.append(f"{self._errors} packets could not be decoded (the first: {self._why})")
         if self._corrupt:
             self.damage.append(f"{self._corrupt} frames were flagged as corrupt by the decoder")
+        if self._lost:
+            self.damage.append(f"the stream has gaps in {self._lost} places, where frames may be missing")
+        if self.transport and (why := broken_transport(Path(self.request.path))):
+            self.damage.append(why)
         return self.damage
+
+    @property
+    def transport(self) -> bool:
+        """Whether the file is an MPEG transport stream."""
+        return bool(self._container.format.name == "mpegts")
 
 
 @dataclass(frozen=True)
@@ -445,6 +470,7 @@ class Decord(Decoder):
     def __init__(self, request: Request, beat: Callable[[], None]):
         super().__init__(request, beat)
         decord: Any = _load("decord", "decord")
+        decord.logging.set_level(decord.logging.ERROR)
         header = self._header()
         beat()
         try:
@@ -457,7 +483,9 @@ class Decord(Decoder):
         self._errors = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError)
         if clock[-1, 1] - clock[0, 0] > DECORD_SECONDS:
             raise VideoBackendError(f"decord's timestamps are too coarse beyond {DECORD_SECONDS} s (float32)")
-        clock = np.asarray(clock, dtype=np.float64) - float(clock[0, 0])
+        clock = np.round(
+            np.asarray(clock, dtype=np.float64) - float(clock[0, 0]), 6
+        )  # 0.3 from float32's 0.30000001
         self._starts: list[float] = clock[:, 0].tolist()
         self._ends: list[float] = clock[:, 1].tolist()
         self._index = -1
@@ -491,6 +519,8 @@ class Decord(Decoder):
             return None
         if header.info["duration"] > DECORD_SECONDS:  # before decord spends minutes on its index
             raise VideoBackendError(f"decord's timestamps are too coarse beyond {DECORD_SECONDS} s (float32)")
+        if header.transport:
+            raise VideoBackendError("decord hides the gaps of transport streams")
         if header.info["codec"] == "av1":
             raise VideoBackendError("decord has no decoder for AV1")
         return header
@@ -648,6 +678,35 @@ def still_picture(path: Path) -> str | None:
         return "WebP"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"heic", b"mif1"):
         return "AVIF or HEIC"
+    return None
+
+
+def complaints(errors: int = 2) -> list[str]:
+    """What FFmpeg wrote about damaged pictures, where the descriptor is a file, as in the worker.
+
+    decord and OpenCV conceal what they cannot decode and have no other word for it.
+    """
+    if not stat.S_ISREG(os.fstat(errors).st_mode):
+        return []
+    lines = os.pread(errors, LOG_BYTES, 0).decode(errors="replace").splitlines()
+    return [found[1] for line in lines if (found := COMPLAINT.match(line))]
+
+
+def broken_transport(path: Path) -> str | None:
+    """What is wrong with the first `SYNC_PACKETS` packets and the length of an MPEG transport stream; None if nothing is.
+
+    Such a file declares neither its length nor its frames, so that a part of one is a valid shorter file, but for its last
+    packet. Packets are 188 bytes, 192 with time stamps in front or 204 with check sums behind, and each begins with 0x47.
+    """
+    with path.open("rb") as file:
+        head = file.read(SYNC_PACKETS * 204)
+        size = file.seek(0, os.SEEK_END)
+    grids = [(head[first::length].count(0x47), length, first) for length, first in TRANSPORTS]
+    found, length, first = max(grids, key=lambda grid: grid[0] / len(head[grid[2] :: grid[1]]))
+    if found < len(head[first::length]):
+        return f"{len(head[first::length]) - found} packets do not begin as those of a transport stream"
+    if size % length:
+        return "the file ends within a packet: it was cut off, or a part of it is missing"
     return None
 
 

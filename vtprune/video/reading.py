@@ -181,6 +181,12 @@ class FrameReader(Iterator[Frame]):
         self.close()
 
     @property
+    def given_up(self) -> tuple[str, ...]:
+        """What decoders were given up for being slow, and why: on a faster machine they might have read the file."""
+        slow = {k: v for k, v in self._failures.items() if isinstance(v, VideoTimeoutError)}
+        return tuple(f"{backend}: {error}" for backend, error in slow.items())
+
+    @property
     def process_id(self) -> int | None:
         """The decoding process's id, for measuring it; None before the first step."""
         return None if self._worker is None else self._worker.process.pid
@@ -219,8 +225,11 @@ class FrameReader(Iterator[Frame]):
         elif kind == b"e":
             self.close()
             end = json.loads(body)
-            if end["damage"]:
-                self.damage = tuple(end["damage"])
+            # OpenCV may get over what PyAV rightly calls broken, and says nothing.
+            broken = self._failures.get("pyav")
+            failed = [f"pyav: {broken}"] if isinstance(broken, BrokenVideoError) else []
+            if end["damage"] or failed:
+                self.damage = (*failed, *end["damage"])
                 warning = TruncatedVideoWarning if end["truncated"] else DamagedVideoWarning
                 warnings.warn(f"{self._path}: {'; '.join(self.damage)}", warning, stacklevel=4)
         elif kind == b"x":

