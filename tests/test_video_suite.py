@@ -22,6 +22,7 @@ from vtprune.eval.video.answers import Asker
 from vtprune.eval.video.relevance import named_things
 from vtprune.eval.video.results import read_line
 from vtprune.eval.video.settings import NO_VIDEO, Selection, VideoSetting, parse_selection, plan
+from vtprune.eval.video.tables import markdown, read_rows
 from vtprune.eval.video.tower import frames_remembered
 from vtprune.eval.world import video
 from vtprune.method import resolve_keep
@@ -428,3 +429,12 @@ def test_arguments_of_the_other_suite_are_refused(
 ) -> None:
     assert main(["eval", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows() -> None:
+    root = Path(__file__).resolve().parents[1]
+    rows = read_rows(root / "eval" / "results" / "video.jsonl")
+    page = (root / "docs" / "video.md").read_text(encoding="utf-8")
+    shown = page.split("eval/results/video.jsonl -->\n")[1].split("\n<!-- /video -->")[0]
+    assert shown == markdown(rows, rows[0].split).strip()
+    assert rows[0].command in page
