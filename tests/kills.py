@@ -29,7 +29,7 @@ PAUSE = 3.0  # seconds, the longest between a point and its kill
 def command(clips: Path, output: Path, workers: int | None) -> list[str]:
     program = "import sys; from vtprune.eval.cli import main; sys.exit(main())"
     arguments = ["video-qa", str(clips), "--question", "how many things are there ?", "--select", "keyscore"]
-    arguments += ["--frames", "4", "--candidates", "16", "--method", "vtprune", "--keep", "32"]
+    arguments += ["--frames", "4", "--candidates", "16", "--method", "vtprune", "--keep", "4"]
     arguments += ["--threads", "1", "--output", str(output)]
     return [sys.executable, "-c", program, *arguments, *(["--workers", str(workers)] if workers else [])]
 

@@ -158,7 +158,7 @@ def test_score_ignores_case_punctuation_and_spacing(prediction, answer, right):
 
 
 def test_unknown_reference_names_the_shipped_ones():
-    with pytest.raises(FileNotFoundError, match="'llava' and 'clip'"):
+    with pytest.raises(FileNotFoundError, match="'clip', 'llava', 'qwen2-vl'"):
         world.reference_dir("nothing")
 
 
