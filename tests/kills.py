@@ -23,7 +23,7 @@ from typing import Any
 from vtprune.eval.world import video
 
 MARK = "VTPRUNE_KILLS"  # in the environment of everything that a run starts
-PAUSE = 3.0  # seconds, the longest between a point and its kill
+PAUSE = 0.2  # seconds, the longest between a point and its kill
 
 
 def command(clips: Path, output: Path, workers: int | None) -> list[str]:
