@@ -29,7 +29,7 @@ from ..questions import ask as ask_picture
 from ..scenes import MAX_STICKERS, SIZE, Scene, atlas, make_scene
 from . import KINDS
 from .model import MERGE, PATCH, PATCHES, SIDE, TOKENS, VIDEO_PAD, VISION_END, VISION_START, vocabulary
-from .questions import NEEDLE, Question
+from .questions import MOST_OFTEN, NEEDLE, Question
 from .scenes import VideoScene, clip
 from .timeline import WAYS, Track
 
@@ -378,35 +378,57 @@ def _wanted(
 
 def _facts(shown: Shown) -> tuple[dict[str, np.ndarray], IndexArray]:
     """What every visual token shows and could know from the frames so far, and its track [F, 16] (-1 background)."""
-    scene, names = shown.scene, atlas().names
-    tracks = scene.tracks
-    number = {id(track): index for index, track in enumerate(tracks)}
-    owners = np.full((len(shown.frames), TOKENS), -1, np.int64)
-    for f, frame in enumerate(shown.frames):
-        visible = scene.visible(int(frame))
-        if visible:
-            found = tiles(scene.owner(int(frame))[None], PATCH * MERGE, TOKEN_PIXELS, len(visible))[0]
-            owners[f] = np.array([*(number[id(track)] for track in visible), -1])[found]
-    shows = (
-        np.stack([shown.of(track) for track in tracks]) if tracks else np.zeros((0, len(shown.frames)), bool)
-    )
+    tracks, names = shown.scene.tracks, atlas().names
+    owners = _owners(shown)
+    shows = np.stack([shown.of(track) for track in tracks]) if tracks else np.zeros((0, len(owners)), bool)
     name_of = np.array([1 + names.index(track.name) for track in tracks] + [0])
-    count = len(shown.frames)
-    keys = ("moves", "ordinal", "company", "before", "young")
-    facts = {key: np.full((len(tracks) + 1, count), IGNORE) for key in keys}
+    of_things = _of_things(shown, shows, name_of)
+    column = np.arange(len(owners))[:, None]
+    values = {key: value[owners, column] for key, value in of_things.items()}
+    gone, brief = _of_the_past(shown, shows, name_of)
+    values["gone"] = np.broadcast_to(gone[:, None], owners.shape)
+    values["brief"] = np.where(owners >= 0, values.pop("young"), brief[:, None])
+    _hide_later_company(values["company"], owners, shows)
+    values["restless"] = _restless(shown, owners)
+    values["label"] = name_of[owners]
+    places = {key: values.pop(key).reshape(-1, 2) for key in ("centre", "shift")}
+    return {key: value.reshape(-1).astype(np.int64) for key, value in values.items()} | places, owners
+
+
+def _owners(shown: Shown) -> IndexArray:
+    """The track that every token shows, [F, 16], -1 for background."""
+    scene = shown.scene
+    number = {id(track): index for index, track in enumerate(scene.tracks)}
+    owners = np.full((len(shown.frames), TOKENS), -1, np.int64)
+    for f, frame in enumerate(shown.frames.tolist()):
+        visible = scene.visible(frame)
+        if visible:
+            found = tiles(scene.owner(frame)[None], PATCH * MERGE, TOKEN_PIXELS, len(visible))[0]
+            owners[f] = np.array([*(number[id(track)] for track in visible), -1])[found]
+    return owners
+
+
+def _of_the_past(
+    shown: Shown, shows: NDArray[np.bool_], name_of: IndexArray
+) -> tuple[IndexArray, IndexArray]:
+    """Per frame the name of what disappeared last (0 if nothing did), and whether it was there for a moment only."""
+    count = shows.shape[1]
     gone, brief = np.zeros(count, np.int64), np.full(count, IGNORE)
-    restless = np.array([any(t.way for t in scene.visible(int(frame))) for frame in shown.frames], np.int64)
-    last = 0
-    place = np.arange(TOKENS)
-    for f in range(count):
-        if f:
-            for ended in np.flatnonzero(shows[:, f - 1] & ~shows[:, f]):
-                last = int(ended) + 1
-        if last:
-            gone[f] = name_of[last - 1]
-            brief[f] = int(tracks[last - 1].length <= NEEDLE[1])
-    centre = np.zeros((len(tracks) + 1, count, 2), np.float32)
-    shift = np.full((len(tracks) + 1, count, 2), np.nan, np.float32)
+    last = -1
+    for f in range(1, count):
+        ended = np.flatnonzero(shows[:, f - 1] & ~shows[:, f])
+        last = int(ended[-1]) if len(ended) else last
+        if last >= 0:
+            gone[f] = name_of[last]
+            brief[f] = int(shown.scene.tracks[last].length <= NEEDLE[1])
+    return gone, brief
+
+
+def _of_things(shown: Shown, shows: NDArray[np.bool_], name_of: IndexArray) -> dict[str, np.ndarray]:
+    """Facts of every track in every frame, [tracks + 1, F]; `IGNORE` (NaN) where they are unknown and for background."""
+    tracks, shape = shown.scene.tracks, (len(shows) + 1, shows.shape[1])
+    facts = {key: np.full(shape, IGNORE) for key in ("moves", "ordinal", "company", "before", "young")}
+    centre, shift = np.zeros((*shape, 2), np.float32), np.full((*shape, 2), np.nan, np.float32)
     for index, track in enumerate(tracks):
         seen = np.flatnonzero(shows[index])
         if not len(seen):
@@ -417,46 +439,48 @@ def _facts(shown: Shown) -> tuple[dict[str, np.ndarray], IndexArray]:
         shift[index, seen[1:]] = middles[1:] - middles[0]
         earlier = [other for other in range(index) if tracks[other].name == track.name and shows[other].any()]
         chain = tuple((tracks[i].start, tracks[i].stop) for i in (*earlier, index))
-        ordinal = len(earlier) if shown.separate(chain) and len(earlier) < 4 else IGNORE
-        past = np.flatnonzero(shows[:, : seen[0]].any(1))
-        before = 0
-        if len(past):
-            ends = [np.flatnonzero(shows[i, : seen[0]])[-1] for i in past]
-            latest = past[np.array(ends) == max(ends)]
-            before = int(name_of[latest[0]]) if len(latest) == 1 else IGNORE
+        known = shown.separate(chain) and len(earlier) < MOST_OFTEN
+        facts["ordinal"][index, seen] = len(earlier) if known else IGNORE
+        facts["before"][index, seen] = _before(shows[:, : seen[0]], name_of)
+        facts["young"][index, seen] = shown.frames[seen] - shown.frames[seen[0]] < NEEDLE[1]
         for at, f in enumerate(seen.tolist()):
             if at and (track.way is None or _distance(boxes[0], boxes[at]) > MOVED):
                 facts["moves"][index, f] = STILL if track.way is None else WAYS.index(track.way)
             others = {int(name_of[i]) for i in np.flatnonzero(shows[:, f]) if i != index}
             facts["company"][index, f] = IGNORE if len(others) > 1 else next(iter(others), 0)
-            facts["ordinal"][index, f] = ordinal
-            facts["before"][index, f] = before
-            facts["young"][index, f] = int(shown.frames[f] - shown.frames[seen[0]] < NEEDLE[1])
-    column = np.arange(count)[:, None]
-    values: dict[str, np.ndarray] = {key: value[owners, column] for key, value in facts.items()}
-    spread = {"gone": gone, "brief": brief}
-    values |= {key: np.broadcast_to(value[:, None], owners.shape) for key, value in spread.items()}
-    values["brief"] = np.where(owners >= 0, values.pop("young"), values["brief"])
-    # A token sees only what stands before it: its company must do so, in this frame or, both, in the one before.
-    company = values["company"]
-    for f in range(count):
+    return facts | {"centre": centre, "shift": shift}
+
+
+def _before(shows: NDArray[np.bool_], name_of: IndexArray) -> int:
+    """The name of the track that was seen last, 0 if there was none, `IGNORE` if there were several."""
+    past = np.flatnonzero(shows.any(1))
+    if not len(past):
+        return 0
+    ends = np.array([np.flatnonzero(shows[i])[-1] for i in past])
+    latest = past[ends == ends.max()]
+    return int(name_of[latest[0]]) if len(latest) == 1 else IGNORE
+
+
+def _hide_later_company(company: IndexArray, owners: IndexArray, shows: NDArray[np.bool_]) -> None:
+    """A token sees only what stands before it: its company must do so, in this frame or, both, in the one before."""
+    place = np.arange(TOKENS)
+    for f in range(len(owners)):
         for index in np.unique(owners[f][owners[f] >= 0]).tolist():
             mates = (owners[f] >= 0) & (owners[f] != index)
             together = f and shows[index, f - 1] and mates.any() and shows[owners[f][mates], f - 1].all()
             if mates.any() and not together:
-                hidden = (owners[f] == index) & (place < place[mates].min())
-                company[f, hidden] = IGNORE
-    movers = np.array([track.way is not None for track in tracks] + [False])[owners]
-    last_mover = np.where(movers.any(1), TOKENS - 1 - movers[:, ::-1].argmax(1), -1)
-    whole = (place[None] >= last_mover[:, None]) & (movers.any(1) == (restless > 0))[:, None]
-    settled = np.where(restless[:, None] > 0, whole, place[None] == TOKENS - 1)
-    values["restless"] = np.where(settled, restless[:, None], IGNORE)
-    values["label"] = name_of[owners]
-    found = {key: value.reshape(-1).astype(np.int64) for key, value in values.items()}
-    found |= {
-        key: value[owners, column].reshape(-1, 2) for key, value in (("centre", centre), ("shift", shift))
-    }
-    return found, owners
+                company[f, (owners[f] == index) & (place < place[mates].min())] = IGNORE
+
+
+def _restless(shown: Shown, owners: IndexArray) -> IndexArray:
+    """Whether anything in the frame moves, [F, 16]; `IGNORE` at tokens that stand before what would tell."""
+    scene, place = shown.scene, np.arange(TOKENS)
+    moving = np.array([any(t.way for t in scene.visible(f)) for f in shown.frames.tolist()], np.int64)
+    movers = np.array([track.way is not None for track in scene.tracks] + [False])[owners]
+    last = np.where(movers.any(1), TOKENS - 1 - movers[:, ::-1].argmax(1), -1)
+    told = (place[None] >= last[:, None]) & (movers.any(1) == (moving > 0))[:, None]
+    settled = np.where(moving[:, None] > 0, told, place[None] == TOKENS - 1)
+    return np.where(settled, moving[:, None], IGNORE)
 
 
 def _picture_row(
