@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import vtprune
@@ -23,9 +23,10 @@ from vtprune.methods import files
 from . import frames, search, video_qa
 from .accuracy import Outcome
 from .bench import command as benchmark
-from .evaluation import BATCH_SIZE, Earlier, Evaluation, Observer, evaluate
+from .evaluation import BATCH_SIZE, Earlier, Evaluation, evaluate
 from .paired import Comparison, compare
 from .parallel import Source
+from .progress import Bars, bars
 from .prompts import EvaluationError, Prompter, load_model
 from .record import predictions, take_up
 from .report_html import write_report
@@ -306,20 +307,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, processor, name
 
 
-class _Terminal(Observer):
+class _Terminal(Bars):
     """Shows progress and writes rows and predictions as they come."""
 
     def __init__(self, progress: Progress, folder: Path) -> None:
-        self.progress = progress
+        super().__init__(progress)
         self.results, self.predictions = JsonLines(folder / RESULTS), JsonLines(folder / PREDICTIONS)
-        self.task: TaskID | None = None
-
-    def start(self, title: str, steps: int) -> None:
-        self.task = self.progress.add_task(title, total=steps, note="")
-
-    def step(self, steps: int, note: str) -> None:
-        assert self.task is not None
-        self.progress.update(self.task, advance=steps, note=note)
 
     def rows(self, rows: list[Row], examples: Sequence[Example], outcome: Outcome) -> None:
         self.results.add([row.to_dict() for row in rows])
@@ -384,14 +377,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if earlier:
         result.notes.append(f"resumed: {len(earlier)} settings, and their times, are of an earlier run")
     interrupted = False
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=progress_console) as progress:
+    with bars(progress_console) as progress:
         try:
             evaluate(
                 model,
@@ -615,15 +601,8 @@ def _search(arguments: argparse.Namespace) -> int:
             markup=False,
             highlight=False,
         )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
     try:
-        with Progress(*columns, console=_console(stderr=True)) as progress:
+        with bars(_console(stderr=True)) as progress:
             task = progress.add_task("trials", total=arguments.trials, note="")
 
             def on_trial(number: int, trial: search.Trial, best: search.Trial | None) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vtprune.errors import did_you_mean
 
+from ..progress import bars
 from ..prompts import EvaluationError
 from ..results import JsonLines, command_line, device_name, versions
 from .alone import KernelRow, kernels_alone
@@ -210,14 +210,7 @@ def _shape(
                     console.print(_profile_table(way, batch, *shares(model, inputs, way.method)))
         return []
     rows: list[BenchRow] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(Console(stderr=True)) as progress:
         for batch in batches:
             total = len(ways) * (1 + arguments.rounds)
             task = progress.add_task(f"{name}, batch {batch}", total=total, note="")

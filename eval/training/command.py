@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import vtprune
 from vtprune.method import Method
 from vtprune.methods.weights import SUFFIX, Trained
 
+from ..progress import bars
 from ..prompts import EvaluationError
 from ..settings import CONTROLS, parse_method
 from .loop import BATCH_SIZE, PER_KIND, STEPS, Step, train
@@ -108,14 +108,7 @@ def run(arguments: argparse.Namespace, load: Load) -> int:
         raise EvaluationError(f"--output {output} must end in {SUFFIX}.")
     model, processor, name = load(arguments)
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars(Console(stderr=True)) as progress:
         task = progress.add_task(f"{method.key} keep={arguments.keep}", total=arguments.steps, note="")
 
         def on_step(step: Step) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from ..evaluation import Observer
 from ..parallel import Source
+from ..progress import Bars, bars
 from ..prompts import EvaluationError
 from ..results import COMPARISONS, RESULTS, JsonLines, output_folder
 from ..world import reference_dir
@@ -31,19 +30,6 @@ MOST_JOBS = 4
 TABLE = "table.md"
 
 Load = Callable[[argparse.Namespace], tuple[nn.Module, Any, str]]
-
-
-class _Bars(Observer):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def start(self, title: str, steps: int) -> None:
-        self._task = self._progress.add_task(title, total=steps, note="")
-
-    def step(self, steps: int, note: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, advance=steps, note=note)
 
 
 def run(arguments: argparse.Namespace, load: Load, console: Console, progress_console: Console) -> int:
@@ -87,14 +73,7 @@ def run(arguments: argparse.Namespace, load: Load, console: Console, progress_co
     )
     result = VideoEvaluation(name)
     interrupted = False
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=progress_console) as progress:
+    with bars(progress_console) as progress:
         try:
             evaluate(
                 asker,
@@ -107,7 +86,7 @@ def run(arguments: argparse.Namespace, load: Load, console: Console, progress_co
                 jobs=jobs,
                 source=Source(path, arguments.device, arguments.dtype),
                 resume=arguments.resume,
-                observer=_Bars(progress),
+                observer=Bars(progress),
                 into=result,
             )
         except KeyboardInterrupt:
