@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,17 @@ from torch import nn
 
 import vtprune
 from vtprune.combining import split_options
-from vtprune.video.answering import Answer, Answerer, AnswererSource, Protocol, answer_videos, find_videos
+from vtprune.video.answering import (
+    Answer,
+    Answerer,
+    AnswererSource,
+    Places,
+    Protocol,
+    answer_videos,
+    find_videos,
+)
 from vtprune.video.embedding import CLIPEmbedder
+from vtprune.video.positions import frame_positions
 from vtprune.video.selection import create_selector
 
 from .prompts import EvaluationError, Prompter, generate, load_model
@@ -34,6 +44,8 @@ if TYPE_CHECKING:
 TICKS = 1000  # per second, of the times that a processor is told
 TITLE = "answer a question about every video of a folder"
 SHOWN = ("auto", "video", "pictures")
+POSITIONS = ("auto", "original", "dense")
+PLACED = "qwen2_vl"  # the one model whose temporal positions count frames and not seconds
 DESCRIPTION = """\
 Chooses frames of every video, shows them to a model in the order of time, and writes one line of JSON per video: the
 answer, the frames' times in seconds, the visual tokens before and after pruning, the seconds that each step took.
@@ -72,7 +84,7 @@ class ModelSource(AnswererSource):
         method: what to prune with; None removes nothing.
         device, dtype: as :func:`~vtprune.eval.prompts.load_model` takes them.
         threads: CPU threads of one model; None: what torch chooses, in workers an equal share.
-        new_tokens, show: see :class:`ModelAnswerer`.
+        new_tokens, show, positions: see :class:`ModelAnswerer`.
     """
 
     path: str | None = None
@@ -82,6 +94,7 @@ class ModelSource(AnswererSource):
     threads: int | None = None
     new_tokens: int = 32
     show: str = "auto"
+    positions: str = "auto"
 
     @property
     def name(self) -> str:
@@ -91,7 +104,7 @@ class ModelSource(AnswererSource):
     @property
     def about(self) -> dict[str, Any]:
         """What decides the answers."""
-        return _about(self.name, self.method, self.new_tokens, self.show)
+        return _about(self.name, self.method, self.new_tokens, self.show, self.positions)
 
     @property
     def gpus(self) -> int:
@@ -116,7 +129,8 @@ class ModelSource(AnswererSource):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         model, processor = load_model(self.path or str(reference_dir("qwen2-vl")), self.device, self.dtype)
-        return ModelAnswerer(model, processor, self.method, self.name, self.new_tokens, self.show)
+        options = (self.new_tokens, self.show, self.positions)
+        return ModelAnswerer(model, processor, self.method, self.name, *options)
 
 
 class ModelAnswerer(Answerer):
@@ -130,13 +144,17 @@ class ModelAnswerer(Answerer):
         new_tokens: the most tokens of an answer.
         show: "video": the frames are one video, with their times where the processor takes them; "pictures": one
             picture each, in the order of time; "auto": as a video where the model, its processor and chat template take one.
+        positions: "original": frames of a video keep their places in time among the candidates, as survivors of pruning do
+            (:func:`~vtprune.video.positions.frame_positions`; Qwen2-VL); "dense": they are numbered without gaps; "auto":
+            original where the model can. Qwen2.5-VL and later ones get the frames' mean spacing in seconds from the processor.
 
     Attributes:
         as_video: whether frames are shown as a video.
+        placed: whether they keep their places.
 
     Raises:
         VTPruneError: the model cannot be patched so.
-        EvaluationError: `show` is "video" and the model takes none.
+        EvaluationError: `show` is "video" and the model takes none, or `positions` "original" and it cannot.
     """
 
     def __init__(
@@ -147,21 +165,32 @@ class ModelAnswerer(Answerer):
         name: str,
         new_tokens: int = 32,
         show: str = "auto",
+        positions: str = "auto",
     ) -> None:
-        if show not in SHOWN:
-            raise EvaluationError(f"show={show!r}: choose one of {', '.join(SHOWN)}.")
+        for option, value, known in (("show", show, SHOWN), ("positions", positions, POSITIONS)):
+            if value not in known:
+                raise EvaluationError(f"{option}={value!r}: choose one of {', '.join(known)}.")
         self._prompter = Prompter(model, processor)
         self._model, self._processor, self._new_tokens = model, processor, new_tokens
         obstacle = _no_video(model, processor)
         if show == "video" and obstacle is not None:
             raise EvaluationError(f"frames cannot be shown as a video: {obstacle}; show them as pictures.")
         self.as_video = show != "pictures" and obstacle is None
+        kind = getattr(model.config, "model_type", "")
+        if positions == "original" and not (self.as_video and kind == PLACED):
+            raise EvaluationError(
+                f"positions='original' is for {PLACED} and frames shown as a video, and this is {kind or 'no such model'}"
+                f"{'' if self.as_video else ' with pictures'}; use positions='auto' or 'dense'."
+            )
+        self.placed = positions != "dense" and self.as_video and kind == PLACED
         self._patch = vtprune.patch(model, _dense() if method is None else method)
-        self.about = _about(name, method, new_tokens, show)
+        self.about = _about(name, method, new_tokens, show, positions)
 
-    def answer(self, frames: Sequence[Frame], question: str) -> Answer:
-        prompter = self._prompter
-        inputs = prepared(self.inputs(frames, question), prompter.device, prompter.dtype)
+    def answer(self, frames: Sequence[Frame], question: str, places: Places) -> Answer:
+        prompter, given = self._prompter, dict(self.inputs(frames, question))
+        if self.placed:
+            given["position_ids"] = self._positions(given, places)
+        inputs = prepared(given, prompter.device, prompter.dtype)
         with torch.no_grad():
             output = generate(self._model, inputs, self._new_tokens)
         report = self._patch.report()
@@ -185,6 +214,12 @@ class ModelAnswerer(Answerer):
             return_tensors="pt",
         )
         return given
+
+    def _positions(self, given: Mapping[str, Any], places: Places) -> torch.Tensor:
+        """A temporal patch of several frames stands where its first frame does."""
+        patch = self._processor.video_processor.temporal_patch_size
+        chosen = [place // patch for place in places.indices[::patch]]
+        return frame_positions(self._model, given, [chosen], math.ceil(places.candidates / patch))
 
     def close(self) -> None:
         """Gives the model back as it was."""
@@ -246,7 +281,9 @@ def _dense() -> vtprune.Method:
     return vtprune.methods.create("keep-all")
 
 
-def _about(name: str, method: vtprune.Method | None, new_tokens: int, show: str) -> dict[str, Any]:
+def _about(
+    name: str, method: vtprune.Method | None, new_tokens: int, show: str, positions: str
+) -> dict[str, Any]:
     chosen = _dense() if method is None else method
     return {
         "model": name,
@@ -254,6 +291,7 @@ def _about(name: str, method: vtprune.Method | None, new_tokens: int, show: str)
         "options": {key: str(value) for key, value in chosen.options().items()},
         "new_tokens": new_tokens,
         "show": show,
+        "positions": positions,
     }
 
 
@@ -284,6 +322,13 @@ def add_arguments(parser: argparse.ArgumentParser, keep: Callable[[str], int | f
         default="auto",
         help="how the model gets the frames: as one video with their times, as pictures in the order of time, or as a video "
         "where the model takes one (default auto)",
+    )
+    parser.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        default="auto",
+        help="chosen frames of a video keep their original places in time among the candidates (Qwen2-VL), or are numbered "
+        "without gaps (default auto: original where the model can)",
     )
     parser.add_argument(
         "--new-tokens", type=int, default=32, help="the most tokens of an answer (default 32)"
@@ -337,6 +382,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.threads,
         arguments.new_tokens,
         arguments.show,
+        arguments.positions,
     )
     console, errors, new = Console(width=140), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

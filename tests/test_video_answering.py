@@ -19,7 +19,7 @@ pytest.importorskip("av", reason="clips are written by PyAV (pip install vtprune
 
 from vtprune.errors import InvalidOptionError
 from vtprune.eval.world import video
-from vtprune.video.answering import Answer, Answerer, Protocol, answer_videos, answered, find_videos
+from vtprune.video.answering import Answer, Answerer, Places, Protocol, answer_videos, answered, find_videos
 from vtprune.video.reading import Frame
 from vtprune.video.selection import create_selector
 
@@ -30,7 +30,7 @@ class Brightness(Answerer):
     def __init__(self, **about: Any) -> None:
         self.about = {"model": "brightness", **about}
 
-    def answer(self, frames: Sequence[Frame], question: str) -> Answer:
+    def answer(self, frames: Sequence[Frame], question: str, places: Places) -> Answer:
         if "fail" in question:
             raise ValueError("no such model")
         text = " ".join(f"{frame.image.mean():.1f}" for frame in frames)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import vtprune
@@ -16,6 +17,7 @@ from vtprune.eval.prompts import EvaluationError
 from vtprune.eval.video_qa import ModelAnswerer, metadata
 from vtprune.testing.zoo import LVLMS
 from vtprune.testing.zoo_llava import OV_GRIDS, OV_MAX
+from vtprune.video.answering import Places
 from vtprune.video.reading import Frame
 
 CHARACTERS = "0123456789.<> abcdefghijklmnopqrstuvwxyz?"
@@ -122,16 +124,19 @@ def answerer(kind: str, method: vtprune.Method | None = None, **options: Any) ->
     return ModelAnswerer(model, processor(kind), method, kind, new_tokens=4, **options)
 
 
+ALL = Places((0, 1, 2, 3), 4)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_frames_are_one_video_and_stock_answers_the_same(kind: str) -> None:
-    shown = answerer(kind)
+    shown = answerer(kind, positions="dense")
     assert shown.as_video
     inputs = shown.inputs(frames(), QUESTION)
     video_tokens = int((inputs["input_ids"] == 4).sum())
     assert video_tokens > 0
     assert not (inputs["input_ids"] == 3).any()
     assert "pixel_values" not in inputs
-    found = shown.answer(frames(), QUESTION)
+    found = shown.answer(frames(), QUESTION, ALL)
     assert found.tokens_in == found.tokens_out == video_tokens - BESIDES.get(kind, 0)
     shown.close()
     stock = {k: v for k, v in inputs.items() if torch.is_tensor(v)}
@@ -141,10 +146,36 @@ def test_frames_are_one_video_and_stock_answers_the_same(kind: str) -> None:
     assert found.text == said[0].strip()
 
 
+def test_chosen_frames_keep_their_places_in_time() -> None:
+    shown = answerer("qwen2_vl")
+    given = shown.inputs(frames(), QUESTION)
+    seen: list[Tensor] = []
+    text = shown._model.model.language_model
+    text.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    shown.answer(frames(), QUESTION, Places((4, 9, 20, 31), 32))
+    (video,) = (given["input_ids"][0] == 4).nonzero(as_tuple=True)
+    times = seen[0][-3, 0, video]
+    half = len(video) // 2
+    assert (times[half:] - times[:half] == 10 - 2).all()  # the second temporal patch begins with frame 20
+    start, end = int(video[0]), int(video[-1])
+    assert int(times[0]) == start + 2
+    assert int(seen[0][-3, 0, end + 1]) == start + 16
+
+
+def test_places_are_refused_where_they_cannot_be() -> None:
+    for kind, options in (("qwen2_5_vl", {}), ("qwen2_vl", {"show": "pictures"})):
+        with pytest.raises(EvaluationError, match="use positions='auto' or 'dense'"):
+            answerer(kind, positions="original", **options)
+    with pytest.raises(EvaluationError, match="positions='dance': choose one of auto, original, dense"):
+        answerer("qwen2_vl", positions="dance")
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_video_is_pruned(kind: str) -> None:
     shown = answerer(kind, vtprune.methods.create("evs", keep=2))
-    found = shown.answer(frames(), QUESTION)
+    found = shown.answer(frames(), QUESTION, ALL)
     steps = 2 if kind.startswith("qwen") else 4
     assert found.tokens_in > found.tokens_out == 2 * steps
 
@@ -201,7 +232,7 @@ def test_pictures_if_asked_for(kind: str) -> None:
     assert not shown.as_video
     inputs = shown.inputs(frames(), QUESTION)
     assert not (inputs["input_ids"] == 4).any()
-    assert int((inputs["input_ids"] == 3).sum()) == shown.answer(frames(), QUESTION).tokens_in
+    assert int((inputs["input_ids"] == 3).sum()) == shown.answer(frames(), QUESTION, ALL).tokens_in
 
 
 def test_what_takes_no_video_is_shown_pictures_or_refused() -> None:

@@ -21,7 +21,7 @@ import pytest
 av = pytest.importorskip("av", reason="clips are written by PyAV (pip install vtprune[video])")
 
 from vtprune.errors import InvalidOptionError
-from vtprune.video.answering import Answer, Answerer, AnswererSource, Protocol, answer_videos
+from vtprune.video.answering import Answer, Answerer, AnswererSource, Places, Protocol, answer_videos
 from vtprune.video.distributed import MissingRayError, WorkerError
 from vtprune.video.reading import Frame
 from vtprune.video.selection import create_selector
@@ -60,7 +60,7 @@ class Brightness(Answerer):
     def __init__(self, source: Source) -> None:
         self.about, self.source = source.about, source
 
-    def answer(self, frames: Sequence[Frame], question: str) -> Answer:
+    def answer(self, frames: Sequence[Frame], question: str, places: Places) -> Answer:
         if self.source.failure == "answer":
             raise KeyError("no such layer")
         height = frames[0].image.shape[0]

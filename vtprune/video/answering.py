@@ -53,6 +53,19 @@ class Answer:
     tokens_out: int
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where chosen frames stand among the candidates.
+
+    Attributes:
+        indices: of each frame, ascending from 0.
+        candidates: how many there are.
+    """
+
+    indices: tuple[int, ...]
+    candidates: int
+
+
 class Answerer(ABC):
     """A video-language model, pruned or not.
 
@@ -63,8 +76,8 @@ class Answerer(ABC):
     about: dict[str, Any]
 
     @abstractmethod
-    def answer(self, frames: Sequence[Frame], question: str) -> Answer:
-        """Answers a question about frames in the order of time."""
+    def answer(self, frames: Sequence[Frame], question: str, places: Places) -> Answer:
+        """Answers a question about frames in the order of time, which stand at `places` among the candidates."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Gives back what it holds."""
@@ -212,7 +225,8 @@ def answer_one(
         lap("read_chosen")
         found = [*reader.given_up, *chosen.given_up, *reader.damage, *selection.notes]
         result.notes = list(dict.fromkeys(found))
-        answer = answerer.answer(frames, protocol.question)
+        places = Places(tuple(selection.indices.tolist()), len(clip.times))
+        answer = answerer.answer(frames, protocol.question, places)
         lap("answer")
     except (VTPruneError, RuntimeError, ValueError, OSError, MemoryError) as error:
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"

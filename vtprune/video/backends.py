@@ -251,7 +251,8 @@ class PyAV(Decoder):
             )
         except self._av.error.FFmpegError as error:
             raise BrokenVideoError(f"cannot be opened: {error}") from None
-        streams = [s for s in self._container.streams.video if not s.disposition & 0x400]  # cover art
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in self._container.streams.video if not s.disposition & cover]
         if not streams:
             kinds = sorted({s.type for s in self._container.streams})
             if not kinds:
