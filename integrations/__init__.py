@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -91,12 +92,31 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT model or a DistributedDataParallel wrapper; any other model as it is."""
+    if type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
+        adapted: Any = model
+        return unwrap(adapted.get_base_model())
+    return unwrap(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{f'{path!r} of this {type(model).__name__}' if path else 'this model'} is compiled by torch.compile, which "
+                "does not notice that hooks come and go; patch a model that is not compiled (of `torch.compile(model)` the "
+                "`model`), and call that."
+            )
+
+
 def integrate(model: nn.Module) -> Integration:
     """Describes a model by the first family that matches it.
 
     Raises:
-        UnsupportedModelError: none does; says what is supported.
+        UnsupportedModelError: none does; says what is supported. Or the model, or a part of it, is compiled.
     """
+    _refuse_compiled(model)
     for family in FAMILIES:
         if family.matches(model):
             module = importlib.import_module(f"vtprune.integrations.{family.module}")

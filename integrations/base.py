@@ -441,7 +441,8 @@ class Merged:
     Attributes:
         ids: [B, L] token ids at full length, the placeholder's at visual tokens.
         mask: [B, L] attention mask, or None.
-        used: encoder images in the order of their tokens; others are not shown.
+        used: pictures in the order of their tokens; others are not shown. A picture is a run of placeholders: one encoder
+            image, or several where the tower knows a packing.
         key: a tensor that identifies the pictures.
     """
 

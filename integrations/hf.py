@@ -284,10 +284,19 @@ def checkpoint_folder(model: Any) -> str | None:
 def fingerprint(base: nn.Module) -> str:
     """Eight hexadecimal digits from names, shapes and the first signs of all parameters.
 
-    Signs survive a change of precision.
+    Signs survive a change of floating-point precision.
+
+    Raises:
+        UnsupportedModelError: parameters are quantised, which changes signs, or not in memory.
     """
     digest = 0
     for name, parameter in base.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.is_meta:
+            state = "offloaded" if parameter.is_meta else f"quantised ({type(parameter).__name__})"
+            raise UnsupportedModelError(
+                f"{name!r} is {state}, so it cannot be told whether this is the model that the weights of a trained method "
+                "belong to. Load the model in floating point and in memory, or use a method without weights."
+            )
         signs = (parameter.detach().flatten()[:32] < 0).tolist()
         digest = zlib.crc32(f"{name} {tuple(parameter.shape)} {signs}".encode(), digest)
     return f"{digest:08x}"

@@ -27,6 +27,8 @@ TESTS = (
     "tests/test_contract.py",
     "tests/test_engine_edges.py",
     "tests/test_encoders.py",
+    "tests/users",
+    "tests/test_llava_original.py",
 )
 
 
@@ -407,6 +409,36 @@ MUTANTS = (
         DECODER,
         "cache is None and self._packed(module, kwargs)",
         "cache is None and run is None",
+    ),
+    Mutant(
+        "replaced modules not noticed",
+        "vtprune/engine/journal.py",
+        "        if moved:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "compiled code not noticed",
+        "vtprune/engine/journal.py",
+        "lambda: None)():\n",
+        "lambda: None)() and False:\n",
+    ),
+    Mutant(
+        "copies of encoder outputs not labelled",
+        DECODER,
+        "        self.encoder.relabel(frame.features.values())\n",
+        "",
+    ),
+    Mutant(
+        "original llava: tiles in the wrong place",
+        "integrations/llava_original.py",
+        "n + row * width + col",
+        "n + row * (width - 1) + col",
+    ),
+    Mutant(
+        "original llava: tiles show other tokens",
+        "integrations/llava_original.py",
+        "shown[0] * side + shown[1]",
+        "shown[1] * side + shown[0]",
     ),
 )
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from vtprune import methods
 from vtprune.engine.encoder import EncoderEngine
-from vtprune.engine.journal import Journal
+from vtprune.engine.journal import Journal, refuse_compiled
 from vtprune.errors import AlreadyPatchedError, InvalidOptionError, VTPruneError
 from vtprune.finite import answer
-from vtprune.integrations import FAMILIES, integrate
+from vtprune.integrations import FAMILIES, integrate, unwrap
 from vtprune.integrations.base import Encoding, Integration
 from vtprune.method import DECODER_SIGNALS, Method, Signal, compose
 from vtprune.methods import files
@@ -70,6 +70,8 @@ class Patch:
             for signal in stage.needs:
                 if signal.kind not in DECODER_SIGNALS:
                     signals.setdefault(signal, str(stage.site))
+        # Compiled code runs the hooks of the outermost module, whatever it does with those below.
+        self._journal.pre_hook(model, refuse_compiled)
         alone = integration.decoder is None
         encoder = EncoderEngine(
             integration.towers, vision, signals, self._number, self._encoder_finished if alone else None
@@ -113,6 +115,7 @@ class Patch:
                 f"that {self.method.key!r} asks cannot be told from a draft; use a method that does not read the text, "
                 "or generate without assistant model and prompt lookup",
             )
+        self._journal.settle(model)
 
     def _new_report(self) -> Report:
         if self._report is not None:
@@ -204,7 +207,8 @@ def patch(
     first change.
 
     Args:
-        model: see :func:`list_models`.
+        model: see :func:`list_models`; also one in a PEFT model or a DistributedDataParallel wrapper. Adapters come first:
+            what replaces modules of a patched model is noticed, and calls are refused where hooks would go astray.
         method: a registry key with its options, a Method, several Methods to apply one after the other, or the path
             of a file that `vtprune search` wrote.
         **options: options of the method when it is given by its key, e.g. ``keep=64``.
@@ -225,6 +229,7 @@ def patch(
         from vtprune.errors import UnsupportedModelError
 
         raise UnsupportedModelError(f"a {type(model).__name__} is no torch module; give a loaded model.")
+    model = unwrap(model)
     with _lock:
         for owner, other in list(_patches.items()):
             if any(m is owner for m in model.modules()) or any(m is model for m in owner.modules()):
@@ -258,12 +263,12 @@ def _as_method(method: str | os.PathLike[str] | Method | Sequence[Method], optio
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes the patch of a model.
+    """Undoes the patch of a model; wrappers are looked through as in :func:`patch`.
 
     Raises:
         VTPruneError: the model carries no patch.
     """
-    current = _patches.get(model)
+    current = _patches.get(unwrap(model))
     if current is None:
         raise VTPruneError(f"this {type(model).__name__} carries no patch")
     current.remove()

@@ -17,7 +17,7 @@ from vtprune.engine.deciding import Candidates, decide
 from vtprune.engine.decoder_signals import DecoderSignals, sees
 from vtprune.engine.encoder import REPLACED, EncoderEngine
 from vtprune.engine.heads import SILENCED, HeadEngine
-from vtprune.engine.journal import Bound, Journal, refuse_rerun
+from vtprune.engine.journal import Bound, Journal, refuse_compiled, refuse_rerun
 from vtprune.engine.prompt import (
     Frame,
     Memos,
@@ -137,6 +137,7 @@ class DecoderEngine(Bound):
         return call
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_compiled()
         pending: Frame | None = getattr(self.local, "pending", None)
         if pending is not None:
             self.local.pending = None
@@ -146,6 +147,7 @@ class DecoderEngine(Bound):
                 self.local.frame = pending.repeated(len(embeds))
                 return
         frame = open_frame(self.signature, args, kwargs, embeds=self.merge_call is not None)
+        self.encoder.relabel(frame.features.values())
         if frame.visual and not frame.features:
             self.encoder.history(restart=True)
         if frame.visual:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.engine.deciding import Candidates, decide
-from vtprune.engine.journal import Bound, Journal, refuse_rerun
+from vtprune.engine.journal import Bound, Journal, refuse_compiled, refuse_rerun
 from vtprune.errors import InertPruningError
 from vtprune.integrations.base import Attended, Encoding, FeatureCall, Rows, Unit, VisionTower
 from vtprune.method import Signal, Stage
@@ -58,6 +59,7 @@ class EncoderEngine(Bound):
 
     def attach(self, journal: Journal) -> None:
         """Registers all hooks."""
+        self.journal = journal
         for tower in self.towers:
             self._attach(journal, tower)
         # Encoders of one model may share a projector.
@@ -135,6 +137,8 @@ class EncoderEngine(Bound):
     def _open(
         self, tower: VisionTower, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        refuse_compiled()
+        self.journal.check()
         if self.finish is not None or any(s.site.kind == "vit" for s in self.stages):
             refuse_rerun(tower.layers)
         self.local.encoding = encoding = tower.open(args, kwargs, getattr(self.local, "call", None))
@@ -152,6 +156,16 @@ class EncoderEngine(Bound):
         # The output object travels through generate() to the prefill; the encoding travels with it.
         if encoding is not None and not isinstance(output, (Tensor, tuple)):
             vars(output).setdefault(ATTRIBUTE, {})[self.owner] = encoding
+            alive = [r for r in vars(self.local).get("labelled", []) if r() is not None]
+            self.local.labelled = [*alive, weakref.ref(output)]
+
+    def relabel(self, outputs: Iterable[Any]) -> None:
+        """Labels copies of encoder outputs: accelerate makes such where it moves the arguments of a call to a device."""
+        labelled: list[weakref.ref[Any]] = vars(self.local).get("labelled", [])
+        for output in outputs:
+            for original in [r() for r in labelled] if not hasattr(output, ATTRIBUTE) else []:
+                if original is not None and _same(original.pooler_output, output.pooler_output):
+                    setattr(output, ATTRIBUTE, getattr(original, ATTRIBUTE))
 
     def _tap(self, journal: Journal, tower: VisionTower, layer: int) -> None:
         tap = tower.tap(layer)
@@ -264,6 +278,15 @@ class EncoderEngine(Bound):
         self.check(encoding)
         self.finish(encoding)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _same(features: Any, others: Any) -> bool:
+    """Whether two pooled outputs are the same tensors, or equal ones on other devices."""
+    pairs = [[f] if isinstance(f, Tensor) else list(f) if f is not None else [] for f in (features, others)]
+    return len(pairs[0]) == len(pairs[1]) > 0 and all(
+        a is b or (a.device != b.device and a.shape == b.shape and torch.equal(a.to(b.device), b))
+        for a, b in zip(*pairs, strict=True)
+    )
 
 
 class _Encoded(Candidates):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +29,8 @@ class Journal:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
-        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
+        self._hooks: list[tuple[weakref.ref[nn.Module], RemovableHandle]] = []
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
 
     def pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Registers a forward pre-hook `(module, args, kwargs) -> None | (args, kwargs)`."""
@@ -47,7 +50,7 @@ class Journal:
 
     def _add(self, module: nn.Module, handle: RemovableHandle) -> None:
         self._undo.append(handle.remove)
-        self._hooks.append((module, handle))
+        self._hooks.append((weakref.ref(module), handle))
 
     def lost(self) -> list[str]:
         """Classes of modules whose hooks somebody else has removed."""
@@ -55,11 +58,41 @@ class Journal:
         for module, handle in self._hooks:
             hooks = handle.hooks_dict_ref()
             if hooks is None or handle.id not in hooks:
-                gone.append(type(module).__name__)
+                gone.append(type(module()).__name__)
         return sorted(set(gone))
 
+    def settle(self, model: nn.Module) -> None:
+        """Remembers where in a model the hooked modules stand, for :meth:`check`; to be called after the last hook."""
+        hooked = {id(module()) for module, _ in self._hooks}
+        places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        for path, module in model.named_modules():
+            if id(module) not in hooked:
+                continue
+            parent = model
+            for name in path.split(".") if path else ():
+                children = parent._modules  # not the parent, lest a model be kept alive by its patch
+                parent = parent.get_submodule(name)
+                places[id(children), name] = (children, name, parent)
+        self._places = list(places.values())
+
+    def moved(self) -> list[str]:
+        """Names and classes of hooked modules, or of what holds them, that somebody else has replaced."""
+        return [
+            f"{name!r} ({_kind(module)}, now {_kind(children.get(name))})"
+            for children, name, module in self._places
+            if children.get(name) is not module
+        ]
+
     def check(self) -> None:
-        """Raises InertPruningError if hooks were removed behind the journal's back."""
+        """Raises InertPruningError if hooks were removed, or hooked modules replaced, behind the journal's back."""
+        moved = self.moved()
+        if moved:
+            more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+            raise InertPruningError(
+                f"other code replaced {', '.join(moved[:3])}{more} after patching (adding, merging or unloading an adapter, "
+                "or quantising, does so), so vtprune would read or prune the wrong tokens. Remove the patch and patch again; "
+                "change the modules of a model before patching it."
+            )
         gone = self.lost()
         if gone:
             raise InertPruningError(
@@ -93,8 +126,13 @@ class Journal:
     def revert(self) -> None:
         """Undoes everything, last change first. Safe to call twice."""
         self._hooks.clear()
+        self._places.clear()
         while self._undo:
             self._undo.pop()()
+
+
+def _kind(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def refuse_rerun(layers: Sequence[nn.Module]) -> None:
@@ -116,3 +154,21 @@ def refuse_rerun(layers: Sequence[nn.Module]) -> None:
                 "together with their hooks in the backward pass, where tokens cannot be removed a second time; update "
                 "transformers to 5.23, call gradient_checkpointing_disable(), or prune outside these layers"
             )
+
+
+COMPILED = (
+    "torch.compile cannot run a patched model: token counts are data, and compiled code does not notice that hooks come and "
+    "go. Call the model that is not compiled, or remove the patch"
+)
+
+
+def refuse_compiled(*hooked: Any) -> None:
+    """Raises UnsupportedCallError in code that torch.compile runs; a forward pre-hook, if called with its arguments."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    if torch.compiler.is_compiling():
+        raise UnsupportedCallError(COMPILED)
+    # An error ends the tracing only; what could not be traced runs as it is, but still under this callback.
+    frames: Any = getattr(torch._C, "_dynamo", None)
+    if getattr(getattr(frames, "eval_frame", None), "get_eval_frame_callback", lambda: None)():
+        raise UnsupportedCallError(COMPILED)

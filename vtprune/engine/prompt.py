@@ -133,9 +133,11 @@ class Frame:
 def merged_frame(merged: Merged, runs: Sequence[Encoding]) -> Frame:
     """A frame of a prompt that reaches the model as embeddings."""
     for encoding in runs:
+        place = {image: i for i, image in enumerate(merged.used)}
+        sizes = [x.n_tokens for x in encoding.layouts] if encoding.packing is None else encoding.packing.sizes
         encoding.packing = Packing(
-            [replace(u, image=i) for i, u in enumerate(encoding.units()[n] for n in merged.used)],
-            [encoding.layouts[n].n_tokens for n in merged.used],
+            [replace(u, image=place[u.image]) for u in encoding.units() if u.image in place],
+            [sizes[image] for image in merged.used],
         )
     return Frame(merged.ids, {}, merged.mask, True, merged.key, runs)
 
@@ -176,11 +178,6 @@ def open_frame(
                 "the attention mask of a pruned call must be 2D [batch, length] (1 = token, 0 = padding); got "
                 f"{'a dict of masks' if isinstance(mask, Mapping) else f'shape {tuple(mask.shape)}'}. Static caches "
                 "and compiled generation build such masks; use a dynamic cache."
-            )
-        if torch.compiler.is_compiling():
-            raise UnsupportedCallError(
-                "torch.compile cannot trace a patched model (token counts are data); compile the unpatched model, or "
-                "call the patched one eagerly"
             )
     key: Tensor | None = None
     if visual:
