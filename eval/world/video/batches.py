@@ -44,23 +44,23 @@ PICTURE_KINDS = {"where": 1, "exists": 2, "count": 2, "relation": 3, "locate": 2
 WEIGHTS = {
     "needle": 4,
     "moment": 2,
-    "order": 1.5,
-    "often": 2,
-    "motion": 4,
+    "order": 2.5,
+    "often": 4,
+    "motion": 3,
     "still": 3,
     "exists": 0.6,
     "known": 0.3,
 }
 STORIES = {
-    "needle": 0.2,
-    "moment": 0.15,
-    "order": 0.12,
-    "when": 0.1,
-    "often": 0.13,
-    "motion": 0.15,
-    "still": 0.15,
+    "needle": 0.14,
+    "moment": 0.08,
+    "order": 0.2,
+    "when": 0.06,
+    "often": 0.24,
+    "motion": 0.14,
+    "still": 0.14,
 }
-WANTED = {"look": "wanted", "mate": "mate_wanted", "past": "past_wanted"}
+WANTED = {"look": "wanted", "mate": "mate_wanted", "past": "past_wanted", "again": "again_wanted"}
 ALL_KINDS = (*KINDS, *(f"picture {kind}" for kind in PICTURE_KINDS))
 IndexArray = NDArray[np.int64]
 
@@ -239,29 +239,35 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(1, 32, 0.06),
-    Bucket(8, 20, 0.16),
+    Bucket(1, 32, 0.05),
+    Bucket(8, 20, 0.12),
     Bucket(12, 16, 0.26),
-    Bucket(24, 9, 0.14),
-    Bucket(48, 4, 0.14),
-    Bucket(120, 2, 0.24),
+    Bucket(24, 9, 0.15),
+    Bucket(48, 4, 0.16),
+    Bucket(120, 2, 0.26),
 )
 
 
 class VideoBatches(IterableDataset[dict[str, Tensor]]):
     """Endless batches of dialogue; every batch is of one of `BUCKETS`.
 
-    Each batch holds, for B rows of F frames and T tokens: pixels [B * F, 96, 96, 3] uint8; ids [B, T];
-    positions [3, B, T]; mask [B, 1, T, T] bool, True where a query (row) sees a key (column); target [B, T] the next
-    token where it belongs to an answer, else `IGNORE`; weight [B, T]; kind [B, T] index into `ALL_KINDS` where there
-    is a target, else -1; look [Q, 2] row and token of every question's last token, and wanted [Q, F * 16] bool, the
-    visual tokens that hold its answer; mate and past [M, 2] row and visual token of some things, and mate_wanted and
-    past_wanted [M, F * 16] bool, the tokens of what is there with it and of itself in earlier frames; centre and shift [B, F * 16, 2] of the
-    token's thing in 0..1, and how far it is from where it was first seen (NaN the first time); and for each of the F * 16 visual tokens of a row, `IGNORE` where it is not
-    known: label, moves (`WAYS`, then still), ordinal (appearances of that name so far, less one), company (name of the
-    only other thing there + 1, or 0), before (name of what was there before + 1, or 0), gone (name of what
-    disappeared last + 1, or 0), brief (whether that was there for a moment only, or the token's own thing so far), restless (whether anything in the
-    frame moves).
+    Each batch holds, for B rows of F frames and T tokens:
+
+    - pixels [B * F, 96, 96, 3] uint8; ids [B, T]; positions [3, B, T]; mask [B, 1, T, T] bool, True where a query (row)
+      sees a key (column);
+    - target [B, T], the next token where it belongs to an answer, else `IGNORE`; weight [B, T]; kind [B, T], index into
+      `ALL_KINDS` where there is a target, else -1;
+    - look [Q, 2], row and token of every question's last token, and wanted [Q, F * 16] bool, the visual tokens that hold
+      its answer;
+    - mate, past, again [M, 2], row and visual token of some things, and beside each what its attention is drawn to:
+      mate_wanted [M, F * 16] bool, what is there with it; past_wanted, itself in earlier frames; again_wanted, float, the
+      weight of each token where an appearance of its name began;
+    - centre and shift [B, F * 16, 2] of the token's thing in 0..1, and how far it is from where it was first seen (NaN the
+      first time);
+    - for each of the F * 16 visual tokens of a row, `IGNORE` where it is not known: label; moves (`WAYS`, then still);
+      ordinal (appearances of that name so far, less one); company (name of the only other thing there + 1, or 0); before
+      (name of what was there before + 1, or 0); gone (name of what disappeared last + 1, or 0); brief (whether that was
+      there for a moment only, or the token's own thing so far); restless (whether anything in the frame moves).
     """
 
     def __init__(self, first: int, buckets: tuple[Bucket, ...] = BUCKETS) -> None:
@@ -279,9 +285,8 @@ class VideoBatches(IterableDataset[dict[str, Tensor]]):
             rows = [make(step * 64 + i, bucket.frames, ids, rng) for i in range(bucket.rows)]
             step += 1
             ragged: dict[str, np.ndarray] = {}
-            for key in ("look", "mate", "past"):
+            for key, mask in WANTED.items():
                 pairs = [np.stack([np.full(len(row[key]), i), row[key]], 1) for i, row in enumerate(rows)]
-                mask = WANTED[key]
                 ragged |= {key: np.concatenate(pairs), mask: np.concatenate([row[mask] for row in rows])}
             batch = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key not in ragged}
             batch["pixels"] = batch["pixels"].reshape(-1, SIZE, SIZE, 3)
@@ -315,7 +320,7 @@ def _video_row(
     wanted = [one & knowing if q.kind == "moment" else one for one, q in zip(wanted, chosen, strict=True)]
     row = _dialogue(asked, wanted, shown.places, shown.candidates, ids, rng)
     row["pixels"] = np.stack([scene.frame(int(frame)) for frame in shown.frames])
-    return row | facts | _guides(facts, owners, rng)
+    return row | facts | _guides(facts, owners, rng) | _beginnings(facts, owners, rng)
 
 
 def _guides(
@@ -337,6 +342,27 @@ def _guides(
         fit = wanted.any(1)
         found |= {key: tokens[fit], f"{key}_wanted": wanted[fit]}
     return found
+
+
+def _beginnings(
+    facts: dict[str, np.ndarray], owners: IndexArray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Some tokens of things, and a head that counts: the share of attention due to each token before them.
+
+    It is drawn to where each appearance of that name so far began, to every appearance alike; what is left for ``<s>``
+    then says how many there were.
+    """
+    flat, frame = owners.ravel(), np.repeat(np.arange(len(owners)), TOKENS)
+    label, ordinal = facts["label"], facts["ordinal"]
+    again, first = np.flatnonzero(ordinal > 0), np.flatnonzero(ordinal == 0)
+    tokens = np.concatenate([rng.permutation(again)[:GUIDED], rng.permutation(first)[: GUIDED // 2]])
+    begins = np.zeros(len(flat))
+    for track in np.unique(flat[flat >= 0]):
+        at = np.flatnonzero((flat == track) & (frame == frame[flat == track].min()))
+        begins[at] = 1 / len(at)
+    before = np.arange(len(flat))[None] <= tokens[:, None]
+    wanted = begins[None] * (before & (label[None] == label[tokens, None]))
+    return {"again": tokens, "again_wanted": wanted.astype(np.float32)}
 
 
 def _choose(shown: Shown, rng: np.random.Generator) -> list[Question]:
@@ -502,8 +528,8 @@ def _picture_row(
     unknown = np.full(TOKENS, IGNORE)
     facts = {key: unknown for key in ("moves", "ordinal", "company", "before", "gone", "brief", "restless")}
     empty = np.zeros((0, TOKENS), bool)
-    guides = {"mate": empty[:, 0].astype(np.int64), "past": empty[:, 0].astype(np.int64)}
-    guides |= {"mate_wanted": empty, "past_wanted": empty}
+    guides = {key: empty[:, 0].astype(np.int64) for key in ("mate", "past", "again")}
+    guides |= {"mate_wanted": empty, "past_wanted": empty, "again_wanted": empty.astype(np.float32)}
     places = {"centre": squares["token_centre"], "shift": np.full((TOKENS, 2), np.nan, np.float32)}
     return row | facts | guides | places | {"label": known, "pixels": scene.pixels[None]}
 

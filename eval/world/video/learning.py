@@ -34,9 +34,11 @@ FACTS = {
     "brief": 2,
     "restless": 2,
 }
+FACT_WEIGHTS = {"ordinal": 3}
 KNOWING_LAYER = 5  # its input must know the facts
 # Attention heads that are drawn to something: layer and head.
-LOOKS = {"name": (2, 0), "mate": (3, 2), "past": (3, 0), "answer": (5, 0)}
+LOOKS = {"name": (2, 0), "mate": (3, 2), "past": (3, 0), "again": (4, 0), "answer": (5, 0)}
+SINK = 2.0  # weight of ``<s>`` beside one appearance, for the head that counts them
 
 
 class FrameHeads(nn.Module):
@@ -173,7 +175,8 @@ def _facts(heads: Any, states: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor
         if not where.any():
             continue
         said, target = head(states[where]), batch[key][where]
-        total = total + F.cross_entropy(said, target, weight=_rarity(key, said.shape[-1]))
+        loss = F.cross_entropy(said, target, weight=_rarity(key, said.shape[-1]))
+        total = total + FACT_WEIGHTS.get(key, 1) * loss
         figures[f"knows {key}"] = float((said.argmax(-1) == target).float().mean())
     thing = batch["label"] > 0
     places = heads.places(states[thing])
@@ -234,8 +237,11 @@ def _asked(batch: dict[str, Tensor], span: slice) -> tuple[Tensor, Tensor, Tenso
 def _guided(batch: dict[str, Tensor], span: slice, key: str) -> tuple[Tensor, Tensor, Tensor]:
     """Row and place of some visual tokens, and the visual tokens before them that are of use to them."""
     row, token = batch[key].unbind(1)
-    wanted = batch[f"{key}_wanted"]
-    return row, span.start + token, F.pad(wanted, (span.start, batch["ids"].shape[1] - span.stop))
+    wanted = F.pad(batch[f"{key}_wanted"], (span.start, batch["ids"].shape[1] - span.stop))
+    if key == "again":
+        wanted[:, 0] = SINK
+        wanted = wanted / wanted.sum(1, keepdim=True)
+    return row, span.start + token, wanted
 
 
 def _look_up(
@@ -248,7 +254,10 @@ def _look_up(
     wanted: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Mean negative logarithm of the share of attention that a layer's head gives to what is wanted."""
+    """Mean negative logarithm of the share of attention that a layer's head gives to what is wanted.
+
+    Where ``wanted`` holds shares, not booleans: the mean divergence of the head's attention from them.
+    """
     if not len(row):
         return torch.zeros(())
     attention, size = layer.self_attn, layer.self_attn.head_dim
@@ -262,6 +271,10 @@ def _look_up(
     query, _ = apply_rotary_pos_emb(query[:, None], query[:, None], cos[row, place], sin[row, place])
     scores = torch.einsum("qd,qtd->qt", query[:, 0], key[:, 0][row]) / size**0.5
     scores = scores.masked_fill(~mask[row, 0, place], -torch.inf)
-    share = scores.masked_fill(~wanted, -torch.inf).logsumexp(1) - scores.logsumexp(1)
-    loss: Tensor = -share.mean()
+    if wanted.is_floating_point():
+        log = (scores.log_softmax(1) - wanted.log()).masked_fill(wanted == 0, 0)
+        closeness = (wanted * log).sum(1)
+    else:
+        closeness = scores.masked_fill(~wanted, -torch.inf).logsumexp(1) - scores.logsumexp(1)
+    loss: Tensor = -closeness.mean()
     return loss
