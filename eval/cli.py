@@ -24,6 +24,7 @@ from . import frames, search, video_qa
 from .accuracy import Outcome
 from .bench import command as benchmark
 from .evaluation import BATCH_SIZE, Earlier, Evaluation, evaluate
+from .lmms import command as lmms
 from .paired import Comparison, compare
 from .parallel import Source
 from .progress import Bars, bars
@@ -45,15 +46,47 @@ LIMIT = 90
 SIDE_SHARE = 3  # the side split asks a third of the questions
 PICTURES, VIDEO = "pictures", "video"
 
+ABOUT = """\
+A vision-language model reads a picture as hundreds of pieces, its visual tokens. A method keeps some and removes the
+rest, so that answers cost less. This command shows what a method keeps, measures how many answers stay right and what
+they cost, and finds a method's options. All of it runs on a small model that comes with vtprune, or on yours (--model).
+
+To prune a model in Python:  vtprune.patch(model, "vtprune", keep=64)
+"""
 EXAMPLES = """\
-examples:
-  vtprune eval                                   every method on the shipped reference model, a few minutes
-  vtprune eval --method vtc-cls --keep 32        one method, one budget
-  vtprune eval --suite video                     frame selectors and token methods on clips, a few minutes
-  vtprune eval --suite video --select keyscore --select quota --frames 12 --limit 50
-  vtprune eval --model llava-hf/llava-1.5-7b-hf --device cuda --keep 192 --keep 64
+start here:
+  vtprune eval --limit 10                        compare a few methods on 10 questions of every kind, about a minute
+  vtprune methods                                which methods there are, and their options
   vtprune show cat.png "what is in the picture?" --method vtc-cls --keep 16 --output kept.png
+
+more:
+  vtprune eval                                   the same with 90 questions of every kind, some minutes
+  vtprune eval --model llava-hf/llava-1.5-7b-hf --device cuda --keep 192 --keep 64
+  vtprune eval --suite video                     frame selectors and token methods on clips, a few minutes
   vtprune search --method vtc-cls --keep 32 --range first_layer=0.0:0.9 --output found.json
+
+`vtprune COMMAND --help` explains a command.
+"""
+EVAL = """\
+Asks a model questions about held-out synthetic pictures, once for every method and budget, and writes results.jsonl,
+predictions.jsonl and report.html. With --suite video the questions are about clips, and frames are chosen before
+tokens; it writes table.md instead of the report.
+"""
+EVAL_EXAMPLES = """\
+The folder of the results has report.html (open it in a browser; it explains itself), results.jsonl (a line per method,
+budget and kind of question, with costs and versions), predictions.jsonl (every answer) and comparisons.jsonl (differences).
+
+examples:
+  vtprune eval --method vtc-cls --keep 32        one method, 32 tokens per picture
+  vtprune eval --method fastv:layer=3 --method fastv:layer=5 --keep 0.25 --compare "fastv layer=3"
+  vtprune eval --method all --jobs 2 --output runs/all
+  vtprune eval --suite video --select keyscore --select quota --frames 12 --limit 50
+  vtprune eval --task gqa --task pope --model llava-hf/llava-1.5-7b-hf --device cuda --keep 64     tasks of lmms-eval
+"""
+SHOW_EXAMPLES = """\
+examples:
+  vtprune show cat.png "what is in the picture?" --method vtc-cls --keep 16 --output kept.png
+  vtprune show cat.png "is there a dog?" --model llava-hf/llava-1.5-7b-hf --method fastv --keep 0.1
 """
 SEARCH = """\
 Finds options of a method that suit your model and your budget. No labels are needed: it shows the model a few pictures
@@ -88,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for errors the user can mend, 130 when interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(given or ["--help"])
     try:
         code: int = arguments.run(arguments)
         return code
@@ -112,7 +146,7 @@ def _keep(text: str) -> int | float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtprune",
-        description="Removes visual tokens from vision-language models, and measures what that does to answers.",
+        description=ABOUT,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -135,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         parents=[model],
         help="compare methods by accuracy, tokens, FLOPs and time",
-        description="Asks a model questions about held-out synthetic pictures, once for every method and budget, and "
-        "writes results.jsonl, predictions.jsonl and report.html. With --suite video the questions are about clips, and "
-        "frames are chosen before tokens; it writes table.md instead of the report.",
+        description=EVAL,
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.add_argument(
         "--suite", choices=(PICTURES, VIDEO), default=PICTURES, help=f"what is shown (default {PICTURES})"
@@ -174,9 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--task",
         action="append",
-        choices=list(dict.fromkeys((*KINDS, *video_world.KINDS))),
-        help="question kind of the suite; repeatable; default: all",
+        metavar="NAME",
+        help="question kind of the suite "
+        f"({', '.join(KINDS)}; suite video: {', '.join(video_world.KINDS)}; default: all), or a task of lmms-eval, such as "
+        "gqa, where that is installed; repeatable",
     )
+    lmms.add_eval_arguments(one)
     one.add_argument(
         "--split",
         action="append",
@@ -224,6 +261,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[model],
         help="draw what a method keeps of one picture",
         description="Draws the tokens that a method keeps of a picture, and answers a question with and without it.",
+        epilog=SHOW_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     two.add_argument("image", type=Path, help="any picture file")
     two.add_argument("question", help="what to ask about it")
@@ -276,8 +315,18 @@ def _parser() -> argparse.ArgumentParser:
         ),
         _keep,
     )
-    commands.add_parser("methods", help="list pruning methods and their options").set_defaults(run=_methods)
-    three = commands.add_parser("models", help="list supported model families")
+    lmms.add_commands(commands.add_parser)
+    commands.add_parser(
+        "methods",
+        help="list pruning methods and their options",
+        description="Lists the methods: what each does, and its options with their defaults. An option is given as "
+        "NAME:OPTION=VALUE, for example --method fastv:layer=3. docs/methods.md shows what every method keeps of a picture.",
+    ).set_defaults(run=_methods)
+    three = commands.add_parser(
+        "models",
+        help="list supported model families",
+        description="Lists the model families that can be patched, with the classes of transformers or timm.",
+    )
     three.add_argument(
         "--matrix", action="store_true", help="print which method runs on which model, as Markdown tables"
     )
@@ -329,6 +378,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise EvaluationError("--limit, --batch-size and --jobs must be at least 1.")
     if arguments.resume and arguments.overwrite:
         raise EvaluationError("--resume keeps what --overwrite deletes; give one of them.")
+    if lmms.wanted(arguments):
+        return lmms.run(arguments, _load, _console())
+    if arguments.include_path:
+        raise EvaluationError("--include-path is of tasks of lmms-eval; add --task NAME.")
     if arguments.suite == VIDEO:
         if arguments.compare is not None:
             raise EvaluationError(

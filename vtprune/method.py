@@ -416,7 +416,12 @@ class Method(ABC):
         check_choice("positions", self.positions, POSITION_POLICIES)
 
     def site(self, facts: ModelFacts) -> Site:
-        """Where the single stage acts."""
+        """Where the single stage acts.
+
+        Raises:
+            VTPruneError: the class defines neither this nor `stages`.
+            UnsupportedMethodError, InvalidOptionError: the model has no such place.
+        """
         raise VTPruneError(f"{type(self).__name__} defines neither site() nor stages()")
 
     def needs(self, facts: ModelFacts) -> tuple[Signal, ...]:

@@ -131,6 +131,9 @@ class Selection:
 
         Returns:
             [K, D].
+
+        Raises:
+            VTPruneError: it is a selection of several images.
         """
         if len(self.index) != 1:
             raise VTPruneError(f"apply() works on one image, this selection holds {len(self.index)}")

@@ -70,14 +70,14 @@ def cells(rows: Sequence[VideoRow], split: str, kind: str) -> tuple[list[str], l
         names += ["kept", *tasks, *([NEEDS_VISION] if NEEDS_VISION in settings[0] else []), ALL, "retained"]
         for setting in settings:
             row = setting[ALL]
-            seeing = [percent(setting[NEEDS_VISION].accuracy, setting[NEEDS_VISION].stderr)]
+            seeing = [percent(s.accuracy, s.stderr) for task, s in setting.items() if task == NEEDS_VISION]
             lines.append(
                 [
                     frames_label(row),
                     tokens_label(row),
                     str(row.visual_tokens_out),
                     *(short(setting[task]) for task in tasks),
-                    *(seeing if NEEDS_VISION in setting else []),
+                    *seeing,
                     percent(row.accuracy, row.stderr),
                     percent(row.retained),
                 ]
