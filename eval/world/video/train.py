@@ -23,7 +23,7 @@ from .batches import FrameBatches, VideoBatches
 from .learning import FactHeads, FrameHeads, answer_losses, encode, frame_losses, new_model
 from .model import config, save
 
-MINUTES = {"frames": 11.0, "answers": 96.0}
+MINUTES = {"frames": 11.0, "answers": 195.0}
 LENGTH = 2.0  # of a visual token; words begin with about 0.5
 FRAMES = 96  # pictures of a batch of the first stage
 
