@@ -143,6 +143,20 @@ def _keep(text: str) -> int | float:
         ) from None
 
 
+class _Said(argparse.Action):
+    """Stores a value and that it was said, since a default must not replace what a run file says."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.said = {*getattr(namespace, "said", ()), self.dest}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtprune",
@@ -155,10 +169,11 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="checkpoint folder or hub id (default: a shipped reference model)")
-    model.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    model.add_argument("--device", default="cpu", action=_Said, help="cpu (default), cuda, cuda:1, ...")
     model.add_argument(
         "--dtype",
         default="auto",
+        action=_Said,
         choices=("auto", "float32", "bfloat16", "float16"),
         help="auto (default): float32 on CPU, the checkpoint's own elsewhere",
     )

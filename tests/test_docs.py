@@ -13,18 +13,17 @@ import re
 import shlex
 import shutil
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import DOCS, PAGES, ROOT, Block, blocks, commands
 from PIL import Image, ImageChops, ImageStat
 
 import vtprune
 from vtprune.errors import VTPruneError
-from vtprune.eval import cli, gallery
+from vtprune.eval import cli, explanations, gallery
 from vtprune.eval.cli import main
 from vtprune.eval.prompts import Prompter, load_model
 from vtprune.eval.training import command as training
@@ -32,73 +31,26 @@ from vtprune.eval.world import examples, reference_dir
 from vtprune.eval.world import video as video_world
 from vtprune.testing.matrix import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 RUN = ("python", "console", "bash")
 SHOWN = ("text", "json", "yaml", "toml", "html")  # output, formulas and files
-PROGRAMS = ("vtprune ", "python ", "bash ", "pip ")
 # What a block that is not run may have as its reason, and how many such blocks there may be.
 REASONS = ("installs", "downloads", "needs a GPU", "needs vLLM", "needs lmms-eval", "takes minutes", "serves")
 MOST_NOT_RUN = {"lmms-eval.md": 20, "vllm.md": 20, "README.md": 4}
 OTHERWISE = 2
-# A command of the documentation is made small by these options, unless it gives them itself.
+# A command of the documentation is made small by these options, unless it gives them itself. `--limit` is always 1.
 SMALL = {
     "eval": ("--limit", "1", "--split", "test", "--task", "text"),
     "eval --suite video": (
         *("--limit", "1", "--task", "needle", "--select", "uniform", "--frames", "2"),
         *("--method", "evs", "--keep", "0.5", "--jobs", "1"),
     ),
+    "explanations": ("--limit", "1", "--method", "dart"),
     "search": ("--samples", "6", "--trials", "2"),
     "train": ("--steps", "1", "--questions", "1", "--batch-size", "6"),
     "video-qa": ("--candidates", "8"),
 }
+MODULES = {"explanations": explanations.main}
 OPTIONFLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced block: where it stands, its language and lines, why it is not run, and the output shown behind it."""
-
-    page: str
-    line: int
-    language: str
-    text: str
-    reason: str | None
-    output: str | None
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-@cache
-def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page. One without a language is code if it begins with a prompt or a program, else text.
-
-    A `text` block that directly follows a `python` block is its output, or the error that it raises.
-    """
-    lines = page.read_text(encoding="utf-8").splitlines()
-    found: list[Block] = []
-    start: int | None = None
-    behind = -2
-    for number, line in enumerate(lines):
-        if not line.startswith("```"):
-            continue
-        if start is None:
-            start = number
-            continue
-        text = "\n".join(lines[start + 1 : number]) + "\n"
-        language = lines[start][3:].strip()
-        if not language:
-            language = "console" if text.startswith("$ ") else "bash" if text.startswith(PROGRAMS) else "text"
-        marker = re.fullmatch(r"<!-- not run: (.*) -->", lines[start - 1]) if start else None
-        between = [one for one in lines[behind + 1 : start] if one.strip()]
-        if language == "text" and found and found[-1].language == "python" and behind >= 0 and not between:
-            found[-1] = Block(**{**vars(found[-1]), "output": text})
-        found.append(Block(page.name, start + 1, language, text, marker and marker[1], None))
-        start, behind = None, number
-    assert start is None, f"{page.name}: the fence in line {(start or 0) + 1} is not closed"
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -166,30 +118,6 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
         assert matches(block.output, got), f"{block} shows\n{block.output}\nbut gives\n{got}"
 
 
-def commands(block: Block) -> Iterator[tuple[list[list[str]], str]]:
-    """The command lines of a block, each as its commands, with the output shown below it."""
-    if block.language == "bash":
-        for line in block.text.replace("\\\n", " ").splitlines():
-            yield split(line), ""
-        return
-    for part in re.split(r"^\$ ", block.text.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
-        line, _, output = part.partition("\n")
-        yield split(line), output.strip()
-
-
-def split(line: str) -> list[list[str]]:
-    """Arguments of the commands of a line, which `;` and `&&` separate; a comment ends it."""
-    words = shlex.shlex(line, posix=True, punctuation_chars=";&")
-    words.whitespace_split = True
-    out: list[list[str]] = [[]]
-    for word in words:
-        if set(word) <= {";", "&"}:
-            out.append([])
-        else:
-            out[-1].append(word)
-    return [one for one in out if one]
-
-
 def run_command(words: list[str], where: str) -> str:
     """What a command prints. `pip install vtprune[...]` is not run: its extras must exist."""
     if words[:2] == ["pip", "install"]:
@@ -201,17 +129,22 @@ def run_command(words: list[str], where: str) -> str:
         return ""
     if words[:2] == ["open", "xdg-open"]:
         return ""
-    assert words[0] == "vtprune", f"{where}: {words[0]!r} is not run by this test; mark the block as not run"
-    given = words[1:]
+    module = words[2].removeprefix("vtprune.eval.") if words[:2] == ["python", "-m"] else ""
+    assert words[0] == "vtprune" or module in MODULES, (
+        f"{where}: {words[0]!r} is not run by this test; mark the block as not run"
+    )
+    given = words[3:] if module else words[1:]
     video = " --suite video" if "video" in given else ""
-    small = SMALL.get("".join(given[:1]) + video, ())
+    small = SMALL.get((module or "".join(given[:1])) + video, ())
     for option, value in zip(small[::2], small[1::2], strict=True):
         if option not in words and "--help" not in words:
             given += [option, value]
+    if "--limit" in given:
+        given[given.index("--limit") + 1] = "1"
     printed, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         try:
-            code = main(given)
+            code = MODULES[module](given) or 0 if module else main(given)
         except SystemExit as end:
             code = int(end.code or 0)
     output = printed.getvalue()

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import DOCS, ROOT, blocks, commands
 from PIL import Image
 
 import vtprune
 from vtprune.errors import InvalidOptionError, UnknownMethodError, UnsupportedMethodError, VTPruneError
-from vtprune.eval import world
+from vtprune.eval import cli, world
 from vtprune.eval.accuracy import ask, make_batches
 from vtprune.eval.cli import main
 from vtprune.eval.lmms import arguments, conversations, export, generation, likelihood, published, runs, tally
@@ -384,6 +385,16 @@ def test_run_files_of_the_published_protocols():
     assert {
         papers[n].task for n in ("MVBench", "Video-MME", "MLVU", "EgoSchema", "LongVideoBench", "NExT-QA")
     } == set(clips.tasks)
+
+
+def test_options_replace_what_a_run_file_says_also_with_a_default_value():
+    def plan(*options):
+        given = cli._parser().parse_args(["eval", "--run", "llava-1.5-7b", *options])
+        return lmms_command._plan(given)
+
+    assert (plan().device, plan().dtype) == ("cuda", "float16")
+    assert (plan("--device", "cpu").device, plan("--dtype", "auto").dtype) == ("cpu", "auto")
+    assert plan("--device", "cuda:1").dtype == "float16"
 
 
 @pytest.mark.parametrize(
@@ -925,3 +936,76 @@ def test_video_tasks_run_in_batches(folder, tmp_path):
 def test_the_package_ships_what_it_reads():
     assert Path(published.FILE).is_file()
     assert set(runs.shipped()) == {"llava-1.5-7b", "llava-1.5-7b-quick", "llava-onevision-7b"}
+
+
+# ------------------------------------------------------------------------------------------------- documentation
+
+RUN_FILE = next(b.text for b in blocks(DOCS / "lmms-eval.md") if b.language == "yaml")
+SHOWN = {
+    f"{block} {' '.join(words)[:50]}": words
+    for page in (ROOT / "README.md", DOCS / "lmms-eval.md")
+    for block in blocks(page)
+    if block.reason == "needs lmms-eval"
+    for line, _ in commands(block)
+    for words in line
+}
+TASKS = "vtprune_pictures_count,vtprune_pictures_text"
+# What a command names that is not here, or is too large for a test -> what stands in for it. 192 is more than all tokens here.
+INSTEAD = {"gqa,pope": TASKS, "gqa": TASKS, "cuda": "cpu", "float16": "float32", "192": "96"}
+
+
+def _offline(words, folder):
+    """A command of the documentation on what is here, and what it needs of the environment."""
+    environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    words = [
+        INSTEAD.get(word, word)
+        .replace("llava-hf/llava-1.5-7b-hf", REFERENCE)
+        .replace("=$DIR,", f"={REFERENCE},")
+        .replace("=DIR,", f"={REFERENCE},")
+        for word in words
+    ]
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    of_lmms_eval = words[0] == "lmms-eval" or "lmms_eval" in words
+    if of_lmms_eval:
+        words += ["--limit", "2", "--verbosity", "DEBUG"]
+        words += [] if "--include_path" in words else ["--include_path", "tasks/"]
+        words += [] if "--device" in words else ["--device", "cpu"]
+    elif words[:2] == ["vtprune", "eval"]:
+        if "--task" in words or "--run" in words:
+            words += ["--include-path", "tasks/"]
+        if "--run" in words:
+            words += ["--model", REFERENCE, "--device", "cpu", "--dtype", "float32", "--task", TASKS]
+            words += ["--method", "vtc-cls", "--keep", "0.5"]
+        words += ["--limit", "2"]
+    elif words[:2] == ["vtprune", "export-tasks"]:
+        words += ["--limit", "2"]
+    elif words[:2] == ["vtprune", "published"]:
+        words += ["--model", "LLaVA-1.5-7B"]
+    return words, environment
+
+
+@needs_lmms
+def test_commands_of_the_documentation_run(folder):
+    """All in one folder and in their order: some read what earlier ones wrote."""
+    (folder / "my.yaml").write_text(RUN_FILE)
+    assert {words[0] for words in SHOWN.values()} >= {"vtprune", "lmms-eval", "accelerate"}
+    assert len(SHOWN) >= 14
+    wrong = []
+    for shown, given in SHOWN.items():
+        if given[0].startswith("DIR=$("):
+            continue
+        words, environment = _offline(given, folder)
+        done = subprocess.run(
+            words,
+            check=False,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if done.returncode:
+            wrong.append(f"{shown}\n{' '.join(words)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+    assert not wrong, "\n\n".join(wrong)

@@ -193,6 +193,7 @@ def _plan(arguments: argparse.Namespace) -> runs.Run:
     frames = arguments.frames or []
     if len(frames) > 1 or any(not isinstance(one, int) for one in frames):
         raise EvaluationError("--frames with tasks of lmms-eval is one whole number: frames of every video.")
+    said = getattr(arguments, "said", ())
     changes = {
         "tasks": arguments.task,
         "methods": arguments.method,
@@ -201,8 +202,7 @@ def _plan(arguments: argparse.Namespace) -> runs.Run:
         "batch_size": arguments.batch_size,
         "model": arguments.model,
         "frames": frames[0] if frames else None,
-        "device": None if arguments.device == "cpu" and base.device is not None else arguments.device,
-        "dtype": None if arguments.dtype == "auto" and base.dtype is not None else arguments.dtype,
+        **{name: getattr(arguments, name) for name in ("device", "dtype") if name in said},
     }
     given = {name: value for name, value in changes.items() if value is not None}
     include = [*base.include_path, *map(str, arguments.include_path)]
