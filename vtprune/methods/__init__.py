@@ -73,12 +73,21 @@ def create(name: str, **options: object) -> Method:
         keep: Any = options.pop("keep", None)
         return combining.parse(name, keep, **options)
     cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    known = [f.name for f in fields]
     for option in options:
         if option not in known:
             raise InvalidOptionError(
                 f"method {name!r} has no option {option!r}. {did_you_mean(option, known)}"
             )
+    for f in fields:
+        if f.name not in options and f.default is f.default_factory is dataclasses.MISSING:
+            what = (
+                "tokens per picture (an int) or a share of them (a float), e.g. keep=64"
+                if f.name == "keep"
+                else f.name
+            )
+            raise InvalidOptionError(f"method {name!r} needs {what}. Options: {', '.join(known)}.")
     try:
         return cls(**options)  # type: ignore[arg-type]
     except TypeError as error:
