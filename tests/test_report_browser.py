@@ -34,7 +34,6 @@ PLOTS = """
 # Size on the page, and how much the pixels differ: 0 for a picture of one colour or of none.
 PICTURES = """
 (async () => Promise.all([...document.images].map(async image => {
-  image.loading = 'eager';
   try { await image.decode(); } catch { return {src: image.src.slice(0, 40), width: 0, height: 0, spread: 0, alt: image.alt}; }
   const canvas = document.createElement('canvas');
   canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
