@@ -345,6 +345,9 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--matrix", action="store_true", help="print which method runs on which model, as Markdown tables"
     )
+    three.add_argument(
+        "--summary", action="store_true", help="print how many methods run on each model, as a Markdown table"
+    )
     three.set_defaults(run=_models)
     return parser
 
@@ -743,10 +746,10 @@ def _first_sentence(doc: str) -> str:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    if arguments.matrix:
-        from vtprune.testing.matrix import markdown
+    if arguments.matrix or arguments.summary:
+        from vtprune.testing.matrix import markdown, summary
 
-        print(markdown())
+        print(markdown() if arguments.matrix else summary())
         return 0
     table = Table("family", "model", "classes", "library", "kind")
     for model in vtprune.list_models():

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from vtprune.eval.prompts import Prompter, load_model
 from vtprune.eval.training import command as training
 from vtprune.eval.world import examples, reference_dir
 from vtprune.eval.world import video as video_world
-from vtprune.testing.matrix import markdown
+from vtprune.testing.matrix import markdown, summary
 
 RUN = ("python", "console", "bash")
 SHOWN = ("text", "json", "yaml", "toml", "html")  # output, formulas and files
@@ -238,11 +239,16 @@ def test_every_page_is_in_the_index() -> None:
     assert listed >= {page.name for page in DOCS.glob("*.md")} - {"index.md"}
 
 
-def test_matrix_is_the_generated_one() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- matrix: .*? -->\n(.*?)\n<!-- /matrix -->", text, re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "mark", "made"),
+    [(DOCS / "models.md", "matrix", markdown), (ROOT / "README.md", "models", summary)],
+)
+def test_tables_of_models_are_the_generated_ones(page: Path, mark: str, made: Callable[[], str]) -> None:
+    found = re.search(
+        rf"<!-- {mark}: (.*?) -->\n(.*?)\n<!-- /{mark} -->", page.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert found is not None
-    assert found[1].strip() == markdown(), "update README with the output of `vtprune models --matrix`"
+    assert found[2].strip() == made(), f"update {page.name} with the output of `{found[1]}`"
 
 
 @pytest.fixture(scope="module")

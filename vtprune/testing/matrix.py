@@ -33,8 +33,23 @@ def cells(name: str) -> dict[str, Support]:
 
 
 def markdown() -> str:
-    """The matrix as two Markdown tables, the one of README."""
+    """The matrix as two Markdown tables, those of docs/models.md."""
     return "\n".join(_lines()).strip()
+
+
+def summary() -> str:
+    """Models, where tokens can leave, and how many methods run, as the Markdown table of README."""
+    lines = [
+        f"| model | class | where tokens can leave | methods, of {len(methods.REGISTRY)} | of them with an option | tested as |",
+        "|---|---|---|--:|--:|---|",
+    ]
+    for name in (*LVLMS, *ENCODERS):
+        family, cls, facts = facts_of(name)
+        running = [cell for cell in cells(name).values() if cell.works]
+        with_option = sum(bool(cell.options) for cell in running)
+        sites = ", ".join(site for site in SITE_KINDS if site in facts.sites)
+        lines.append(f"| {family.title} | `{cls}` | {sites} | {len(running)} | {with_option} | `{name}` |")
+    return "\n".join(lines)
 
 
 def _lines() -> Iterator[str]:
