@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import vtprune
-from vtprune.combining import split_options
+from vtprune.combining import Quota, split_options, with_budget
 from vtprune.video.answering import (
     Answer,
     Answerer,
@@ -30,7 +31,7 @@ from vtprune.video.answering import (
 )
 from vtprune.video.embedding import CLIPEmbedder
 from vtprune.video.positions import frame_positions
-from vtprune.video.selection import create_selector
+from vtprune.video.selection import SELECTORS, create_selector
 
 from .prompts import EvaluationError, Prompter, generate, load_model
 from .settings import parse_method
@@ -71,6 +72,7 @@ fields of a line:
 examples:
   vtprune video-qa clips/ --question "what happens ?" --model llava-hf/llava-onevision-qwen2-7b-ov-hf --output answers.jsonl
   vtprune video-qa a.mp4 b.mp4 --question "is there a dog ?" --select keyscore --frames 4 --method vtprune --keep 32
+  vtprune video-qa a.mp4 --question "is there a dog ?" --select quota:cap=16 --method vtprune --keep 4 --allot
   vtprune video-qa clips/ --question "what happens ?" --model DIR --device cuda --workers 8 --address ray-head:6379
 """
 
@@ -84,7 +86,7 @@ class ModelSource(AnswererSource):
         method: what to prune with; None removes nothing.
         device, dtype: as :func:`~vtprune.eval.prompts.load_model` takes them.
         threads: CPU threads of one model; None: what torch chooses, in workers an equal share.
-        new_tokens, show, positions: see :class:`ModelAnswerer`.
+        new_tokens, show, positions, allot: see :class:`ModelAnswerer`.
     """
 
     path: str | None = None
@@ -95,6 +97,7 @@ class ModelSource(AnswererSource):
     new_tokens: int = 32
     show: str = "auto"
     positions: str = "auto"
+    allot: bool = False
 
     @property
     def name(self) -> str:
@@ -104,7 +107,7 @@ class ModelSource(AnswererSource):
     @property
     def about(self) -> dict[str, Any]:
         """What decides the answers."""
-        return _about(self.name, self.method, self.new_tokens, self.show, self.positions)
+        return _about(self.name, self.method, self.new_tokens, self.show, self.positions, self.allot)
 
     @property
     def gpus(self) -> int:
@@ -129,7 +132,7 @@ class ModelSource(AnswererSource):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         model, processor = load_model(self.path or str(reference_dir("qwen2-vl")), self.device, self.dtype)
-        options = (self.new_tokens, self.show, self.positions)
+        options = (self.new_tokens, self.show, self.positions, self.allot)
         return ModelAnswerer(model, processor, self.method, self.name, *options)
 
 
@@ -147,6 +150,8 @@ class ModelAnswerer(Answerer):
         positions: "original": frames of a video keep their places in time among the candidates, as survivors of pruning do
             (:func:`~vtprune.video.positions.frame_positions`; Qwen2-VL); "dense": they are numbered without gaps; "auto":
             original where the model can. Qwen2.5-VL and later ones get the frames' mean spacing in seconds from the processor.
+        allot: every frame keeps as many tokens as the selector allots to it, those that score highest with the method; where
+            the model merges several frames into one, their mean. For models that take a video, and methods that score.
 
     Attributes:
         as_video: whether frames are shown as a video.
@@ -154,7 +159,8 @@ class ModelAnswerer(Answerer):
 
     Raises:
         VTPruneError: the model cannot be patched so.
-        EvaluationError: `show` is "video" and the model takes none, or `positions` "original" and it cannot.
+        EvaluationError: `show` is "video" and the model takes none, `positions` "original" and it cannot, or `allot` without
+            a method or a video.
     """
 
     def __init__(
@@ -166,6 +172,7 @@ class ModelAnswerer(Answerer):
         new_tokens: int = 32,
         show: str = "auto",
         positions: str = "auto",
+        allot: bool = False,
     ) -> None:
         for option, value, known in (("show", show, SHOWN), ("positions", positions, POSITIONS)):
             if value not in known:
@@ -183,10 +190,22 @@ class ModelAnswerer(Answerer):
                 f"{'' if self.as_video else ' with pictures'}; use positions='auto' or 'dense'."
             )
         self.placed = positions != "dense" and self.as_video and kind == PLACED
-        self._patch = vtprune.patch(model, _dense() if method is None else method)
-        self.about = _about(name, method, new_tokens, show, positions)
+        self._method = _dense() if method is None else method
+        self._allot = allot
+        if allot and (method is None or not self.as_video):
+            raise EvaluationError(
+                "tokens can be allotted to frames by a method, of frames that are shown as a video; "
+                + (
+                    "give a method."
+                    if method is None
+                    else f"here they are pictures ({obstacle or 'as asked for'})."
+                )
+            )
+        self._patch = vtprune.patch(model, with_budget(self._method, Quota((1,))) if allot else self._method)
+        self.about = _about(name, method, new_tokens, show, positions, allot)
 
     def answer(self, frames: Sequence[Frame], question: str, places: Places) -> Answer:
+        notes = () if not self._allot else (self._share_out(places),)
         prompter, given = self._prompter, dict(self.inputs(frames, question))
         if self.placed:
             given["position_ids"] = self._positions(given, places)
@@ -194,9 +213,21 @@ class ModelAnswerer(Answerer):
         with torch.no_grad():
             output = generate(self._model, inputs, self._new_tokens)
         report = self._patch.report()
-        return Answer(
-            prompter.texts(inputs, output)[0], sum(report.visual_tokens_in), sum(report.visual_tokens_out)
-        )
+        text = prompter.texts(inputs, output)[0]
+        return Answer(text, sum(report.visual_tokens_in), sum(report.visual_tokens_out), notes)
+
+    def _share_out(self, places: Places) -> str:
+        """Patches anew, for what the selector allots; says what that is."""
+        if places.tokens is None:
+            raise EvaluationError(
+                "the frame selector allots no tokens to frames; use one that does, such as quota."
+            )
+        patch = getattr(self._processor.video_processor, "temporal_patch_size", 1)
+        merged = [places.tokens[start : start + patch] for start in range(0, len(places.tokens), patch)]
+        tokens = [max(1, round(sum(some) / len(some))) for some in merged]
+        self._patch.remove()
+        self._patch = vtprune.patch(self._model, with_budget(self._method, Quota(tokens)))
+        return f"tokens allotted to frames: {', '.join(map(str, tokens))}"
 
     def inputs(self, frames: Sequence[Frame], question: str) -> Mapping[str, Any]:
         """What the processor makes of the prompt: one row, on the CPU."""
@@ -282,7 +313,7 @@ def _dense() -> vtprune.Method:
 
 
 def _about(
-    name: str, method: vtprune.Method | None, new_tokens: int, show: str, positions: str
+    name: str, method: vtprune.Method | None, new_tokens: int, show: str, positions: str, allot: bool
 ) -> dict[str, Any]:
     chosen = _dense() if method is None else method
     return {
@@ -292,6 +323,7 @@ def _about(
         "new_tokens": new_tokens,
         "show": show,
         "positions": positions,
+        **({"allot": True} if allot else {}),
     }
 
 
@@ -315,6 +347,12 @@ def add_arguments(parser: argparse.ArgumentParser, keep: Callable[[str], int | f
         help="what prunes the frames' tokens (default: nothing)",
     )
     parser.add_argument("--keep", type=keep, help="tokens per frame, or a ratio; for --method")
+    parser.add_argument(
+        "--allot",
+        action="store_true",
+        help="every frame keeps what the selector allots to it, --keep tokens per frame at most in the mean; for --select quota, "
+        "an int as --keep, and a --method that scores tokens",
+    )
     parser.add_argument(
         "--as",
         dest="show",
@@ -352,9 +390,26 @@ def add_arguments(parser: argparse.ArgumentParser, keep: Callable[[str], int | f
     parser.set_defaults(run=run)
 
 
+def _allotting(arguments: argparse.Namespace, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a selector that allots `--keep` tokens per frame in the mean."""
+    if name in SELECTORS and not any(
+        f.name == "per_frame" for f in dataclasses.fields(cast(Any, SELECTORS[name]))
+    ):
+        raise EvaluationError(
+            f"--allot: the selector {name!r} allots no tokens to frames; use --select quota."
+        )
+    if arguments.method is None or not isinstance(arguments.keep, int) or "per_frame" in options:
+        raise EvaluationError(
+            "--allot needs a --method, and --keep N: the tokens that a frame gets in the mean (per_frame of the selector)."
+        )
+    return {**options, "per_frame": arguments.keep}
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     name, options = split_options(arguments.select)
+    if arguments.allot:
+        options = _allotting(arguments, name, options)
     protocol = Protocol(
         arguments.question, create_selector(name, **options), arguments.frames, arguments.candidates
     )
@@ -383,6 +438,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.new_tokens,
         arguments.show,
         arguments.positions,
+        arguments.allot,
     )
     console, errors, new = Console(width=140), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

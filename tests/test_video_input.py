@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import vtprune
+from vtprune.errors import InvalidOptionError
 from vtprune.eval.prompts import EvaluationError
 from vtprune.eval.video_qa import ModelAnswerer, metadata
 from vtprune.testing.zoo import LVLMS
@@ -178,6 +179,38 @@ def test_the_video_is_pruned(kind: str) -> None:
     found = shown.answer(frames(), QUESTION, ALL)
     steps = 2 if kind.startswith("qwen") else 4
     assert found.tokens_in > found.tokens_out == 2 * steps
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_frames_keep_what_is_allotted_to_them(kind: str) -> None:
+    shown = answerer(kind, vtprune.methods.create("vtprune", keep=2), allot=True)
+    merged = kind.startswith("qwen")  # two frames to a token
+    for given, kept in (
+        ((4, 2, 1, 1), [3, 1] if merged else [4, 2, 1, 1]),
+        ((1, 1, 1, 3), [1, 2] if merged else [1, 1, 1, 3]),
+    ):
+        found = shown.answer(frames(), QUESTION, Places((0, 1, 2, 3), 4, given))
+        assert found.tokens_out == sum(kept)
+        assert found.notes == (f"tokens allotted to frames: {', '.join(map(str, kept))}",)
+        by_frame = [len(next(reversed(image.kept.values()))) for image in shown._patch.report().images]
+        assert by_frame == kept
+    shown.close()
+    shown.close()
+    dense = answerer(kind)
+    assert dense.about != shown.about
+    assert dense.answer(frames(), QUESTION, Places((0, 1, 2, 3), 4, (1, 1, 1, 1))).notes == ()
+
+
+def test_what_cannot_be_allotted_is_refused() -> None:
+    method = vtprune.methods.create("vtprune", keep=2)
+    with pytest.raises(EvaluationError, match="give a method"):
+        answerer("qwen2_vl", allot=True)
+    with pytest.raises(EvaluationError, match="here they are pictures"):
+        answerer("qwen2_vl", method, allot=True, show="pictures")
+    with pytest.raises(InvalidOptionError, match="no scores of its own"):
+        answerer("qwen2_vl", vtprune.methods.create("evs", keep=2), allot=True)
+    with pytest.raises(EvaluationError, match="allots no tokens"):
+        answerer("qwen2_vl", method, allot=True).answer(frames(), QUESTION, ALL)
 
 
 @pytest.mark.parametrize("kind", FAMILIES[3:])

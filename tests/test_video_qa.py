@@ -44,6 +44,37 @@ def test_answers_and_goes_on(clips: Path, tmp_path: Path, capsys: pytest.Capture
     assert output.read_bytes() == content
 
 
+def test_every_frame_keeps_what_quota_allots(clips: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    arguments = [
+        "video-qa",
+        str(clips / "clip0.mp4"),
+        "--question",
+        "which way does the frog go ?",
+        "--output",
+        str(output),
+    ]
+    arguments += [
+        "--select",
+        "quota:cap=9",
+        "--frames",
+        "3",
+        "--method",
+        "vtc-cls:scorer=received",
+        "--keep",
+        "4",
+        "--allot",
+    ]
+    assert cli.main(arguments) == 0
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    (said,) = [note for note in row["notes"] if note.startswith("tokens allotted to frames: ")]
+    tokens = [int(word) for word in said.partition(": ")[2].split(",")]
+    assert len(tokens) == 3
+    assert row["tokens_out"] == sum(tokens)
+    assert 3 * 4 - 3 <= sum(tokens) <= 3 * 4
+    assert max(tokens) <= 9
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -52,6 +83,10 @@ def test_answers_and_goes_on(clips: Path, tmp_path: Path, capsys: pytest.Capture
         (["--method", "divprun"], "divprune"),
         (["--new-tokens", "0"], "--new-tokens 0"),
         (["--question", " "], "the question is empty"),
+        (["--allot", "--method", "vtprune", "--keep", "4"], "use --select quota"),
+        (["--allot", "--select", "quota", "--keep", "4"], "needs a --method"),
+        (["--allot", "--select", "quota", "--method", "vtprune", "--keep", "0.5"], "--keep N"),
+        (["--allot", "--select", "quota", "--method", "evs", "--keep", "4"], "no scores of its own"),
     ],
 )
 def test_wrong_arguments(

@@ -333,6 +333,22 @@ def combine(
     )
 
 
+def with_budget(method: Method, budget: Budget) -> Method:
+    """A method's scores, or a combination, with another budget.
+
+    Args:
+        method: one that scores: its highest scores are kept, whatever else its own decision does; or what :func:`combine`
+            gave, whose other parts stay.
+        budget: such as :class:`Quota`.
+
+    Raises:
+        InvalidOptionError: the method has no scores.
+    """
+    if isinstance(method, Combined):
+        return dataclasses.replace(method, keep=1.0, budget=budget)
+    return Combined(scorer=_scorer(cast(Any, method)), budget=budget, positions=method.positions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Function(Scored):
     """A scorer made of a function."""

@@ -46,11 +46,13 @@ class Answer:
     Attributes:
         text: its answer.
         tokens_in, tokens_out: visual tokens before pruning, and left at the end of the model.
+        notes: what a reader of the line must know.
     """
 
     text: str
     tokens_in: int
     tokens_out: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class Places:
     Attributes:
         indices: of each frame, ascending from 0.
         candidates: how many there are.
+        tokens: visual tokens that the selector allots to each frame; None where it allots none.
     """
 
     indices: tuple[int, ...]
     candidates: int
+    tokens: tuple[int, ...] | None = None
 
 
 class Answerer(ABC):
@@ -225,8 +229,10 @@ def answer_one(
         lap("read_chosen")
         found = [*reader.given_up, *chosen.given_up, *reader.damage, *selection.notes]
         result.notes = list(dict.fromkeys(found))
-        places = Places(tuple(selection.indices.tolist()), len(clip.times))
+        allotted = None if selection.tokens is None else tuple(selection.tokens.tolist())
+        places = Places(tuple(selection.indices.tolist()), len(clip.times), allotted)
         answer = answerer.answer(frames, protocol.question, places)
+        result.notes = list(dict.fromkeys([*result.notes, *answer.notes]))
         lap("answer")
     except (VTPruneError, RuntimeError, ValueError, OSError, MemoryError) as error:
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
