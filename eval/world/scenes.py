@@ -209,7 +209,7 @@ def make_scene(seed: int) -> Scene:
     rng = np.random.default_rng(seed)
     kinds = BACKGROUNDS if split in ("train", "val") else BACKGROUNDS + UNSEEN_BACKGROUNDS
     background = kinds[rng.integers(len(kinds))]
-    canvas = _background(background, rng)
+    canvas = painted_background(background, rng)
     owner = np.full((SIZE, SIZE), -1, dtype=np.int8)
     names, positions = _layout(split, rng)
     stickers = []
@@ -310,7 +310,7 @@ def _draw_sign(canvas: FloatArray, owner: NDArray[np.int8], position: int, rng: 
     return Sign(text, position, (x, y, x + width, y + height), tuple(characters))
 
 
-def _background(kind: str, rng: np.random.Generator) -> FloatArray:
+def painted_background(kind: str, rng: np.random.Generator) -> FloatArray:
     """A background of this kind, (96, 96, 3) float32 in 0..255."""
     mix: NDArray[Any]
     first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)

@@ -143,7 +143,7 @@ def llava_inputs(
             else:
                 row.append(int(item))
         rows.append(row)
-    ids, mask = _pad(rows, padding)
+    ids, mask = padded(rows, padding)
     batch = {"input_ids": ids, "attention_mask": mask}
     if pixels:
         batch["pixel_values"] = torch.stack(pixels)
@@ -182,7 +182,7 @@ def qwen_inputs(
             else:
                 row.append(item)
         rows.append(row)
-    ids, mask = _pad(rows, padding)
+    ids, mask = padded(rows, padding)
     batch = {
         "input_ids": ids,
         "attention_mask": mask,
@@ -195,7 +195,8 @@ def qwen_inputs(
     return batch
 
 
-def _pad(rows: Sequence[Sequence[int]], padding: str) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], padding: str) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [rows, tokens] each, padded on the "left" or the "right"."""
     width = max(len(r) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

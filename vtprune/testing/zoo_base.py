@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, VOCABULARY, _pad
+from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, VOCABULARY, padded
 
 PAD, BOS, EOS = 0, 1, 2
 # Separators that are text to the model: ends of image rows, tags of tiles, line breaks, timestamps.
@@ -166,7 +166,7 @@ def pad_rows(rows: Sequence[Sequence[int]], padding: str) -> dict[str, Tensor]:
     """input_ids and attention_mask, [rows, tokens] each."""
     if padding not in ("left", "right"):
         raise ValueError(f"padding is 'left' or 'right', not {padding!r}")
-    ids, mask = _pad(rows, padding)
+    ids, mask = padded(rows, padding)
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scenes import SIZE, FloatArray, _background, atlas
+from ..scenes import SIZE, FloatArray, atlas, painted_background
 from . import files
 from .questions import KINDS, Question, ask
 from .stories import make_timeline
@@ -25,7 +25,7 @@ class VideoScene(Timeline):
     @functools.cached_property
     def canvas(self) -> FloatArray:
         """The empty background, (96, 96, 3) float32 in 0..255."""
-        return _background(self.background, np.random.default_rng((self.seed, self.length, 1)))
+        return painted_background(self.background, np.random.default_rng((self.seed, self.length, 1)))
 
     def frame(self, index: int) -> NDArray[np.uint8]:
         """The picture of a frame, (96, 96, 3) uint8 RGB.
