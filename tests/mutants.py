@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/test_ops.py",
     "tests/contract",
-    "tests/test_contract.py",
+    "tests/dense",
     "tests/test_engine_edges.py",
-    "tests/test_encoders.py",
+    "tests/encoders",
     "tests/users",
     "tests/test_llava_original.py",
 )

@@ -409,7 +409,7 @@ def _twin(family: str) -> Any:
 @torch.no_grad()
 def entering(family: str, name: str, report: vtprune.Report, sample: int) -> dict[str, Any]:
     """What the judge has to know of a method inside the encoder: all vectors that the same method gives the language
-    model for the row alone, where it has to keep the same. tests/test_encoders.py proves what happens inside."""
+    model for the row alone, where it has to keep the same. tests/encoders proves what happens inside."""
     given: dict[str, Any] = {}
     model = _twin(family)
     base = model.model if hasattr(model, "lm_head") else model
