@@ -1,6 +1,7 @@
-"""Settings for all tests: one thread each, and Triton kernels in the interpreter where there is no GPU."""
+"""Settings for all tests: one thread each, the same examples of hypothesis in every run, and Triton kernels in the interpreter where there is no GPU."""
 
 import collections
+import contextlib
 import os
 
 import pytest
@@ -11,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+with contextlib.suppress(ImportError):  # environments for lmms-eval have no hypothesis
+    from hypothesis import settings
+
+    settings.register_profile("same examples in every run", derandomize=True, deadline=None)
+    settings.load_profile("same examples in every run")
 
 
 @pytest.fixture(autouse=True)

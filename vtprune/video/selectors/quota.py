@@ -12,6 +12,8 @@ from vtprune.video.clip import Clip, ClipError, FrameSelection, FrameSelector, b
 from vtprune.video.embedding import Array
 from vtprune.video.relevance import Relevance, relevance_of
 
+ROUNDING = 1e-9  # of a share, in tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quota(FrameSelector):
@@ -73,4 +75,5 @@ def shared(budget: int, weights: Array, cap: int | None) -> Array:
             break
         open_ &= share <= cap
         share = np.minimum(share, cap)
-    return np.floor(share).astype(np.int64)
+    # Five equal shares of five are one each, though the quotients' rounding may leave them just below.
+    return np.floor(share + ROUNDING).astype(np.int64)
