@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,11 +125,13 @@ class _VTPrune(lmms):  # type: ignore[misc]
             "picture are left would depend on the round in which it was first shown. Choose a task with one round."
         )
 
+    @abstractmethod
     def _conversation(self, request: Any) -> Conversation:
-        raise NotImplementedError
+        """What is shown and asked."""
 
+    @abstractmethod
     def _generation(self, request: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """The task's generation settings."""
 
     def inputs(self, request: Any) -> Inputs:
         """The model's inputs for one request, a single row."""

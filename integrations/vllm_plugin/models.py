@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -94,7 +95,7 @@ class PrunedProcessor:
         return {modality: [f"{key}-{KEY}-{digest}" for key in keys] for modality, keys in found.items()}
 
 
-class Pruned:
+class Pruned(ABC):
     """Beside a model of vLLM: pictures lose tokens on their way to the language model."""
 
     # Tokens of the encoder are not those of the prompt, which adapters on the encoder count by.
@@ -109,8 +110,9 @@ class Pruned:
         self.pruner = Pruner(self._tower(model.hf_config), pruning)
         logger.info("vtprune: %r on %s, positions without gaps", pruning.method, pruning.facts.name)
 
+    @abstractmethod
     def _tower(self, config: Any) -> VisionTower:
-        raise NotImplementedError
+        """Where the tokens are, for a model's configuration."""
 
     def _call(self, kwargs: Mapping[str, Any]) -> FeatureCall | None:
         """What the encoder has to know of a call beside the pixels."""
